@@ -6,13 +6,13 @@
 __all__ = ['log', 'STUB', 'KIND', 'HiddenTestError', 'hidden_test', 'release', 'Graded', 'run_graded', 'ExerciseCheck',
            'check_exercise', 'solutions', 'release_all', 'check_all']
 
-# %% ../../notebooks/9_course/93_exercises.ipynb #de414850
+# %% ../../notebooks/9_course/93_exercises.ipynb #50ea1db1
 import builtins
 import json
 import shutil
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..logs import get_logger
 
 log = get_logger(__name__)
 
-# %% ../../notebooks/9_course/93_exercises.ipynb #81ebb68f
+# %% ../../notebooks/9_course/93_exercises.ipynb #6c2fae63
 class HiddenTestError(ValueError):
     "A hidden test breaks the contract: its driver returns more than plain data, or its compare needs the notebook."
 
@@ -41,7 +41,7 @@ def hidden_test(
         raise HiddenTestError(f"driver() must return plain data (dict, list, str, number, bool, None): {e}") from None
     if compare.__closure__:
         raise HiddenTestError(f"compare uses outer variables {compare.__code__.co_freevars}; it may see only its argument")
-    apart = types.FunctionType(compare.__code__, {"__builtins__": builtins})  # type: ignore[arg-type]
+    apart = types.FunctionType(compare.__code__, {"__builtins__": builtins})
     apart(got)
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #b540ff08
@@ -109,7 +109,7 @@ def run_graded(
             graded.append(Graded(meta["grade_id"], meta["points"], errors[0] if errors else None))
     return graded
 
-# %% ../../notebooks/9_course/93_exercises.ipynb #a381f888
+# %% ../../notebooks/9_course/93_exercises.ipynb #3dcafcd2
 KIND = ("AssertionError", "NotImplementedError")  # what a student may see in an unsolved exercise
 
 
@@ -139,10 +139,11 @@ def check_exercise(
             problems.append(f"unsolved, {g.grade_id} fails unkindly: {': '.join(g.error)}")
     if not full:
         problems.append("there is no graded cell")
-    marks = [sum(g.points for g in run if g.error is None) for run in (full, empty)]
-    return ExerciseCheck(f"{solution.parent.name}/{solution.stem}", sum(g.points for g in full), *marks, problems)
+    solved, unsolved = (sum(g.points for g in run if g.error is None) for run in (full, empty))
+    name, points = f"{solution.parent.name}/{solution.stem}", sum(g.points for g in full)
+    return ExerciseCheck(name, points, solved, unsolved, problems)
 
-# %% ../../notebooks/9_course/93_exercises.ipynb #adc11884
+# %% ../../notebooks/9_course/93_exercises.ipynb #17464ddc
 def solutions(
     root: Path,  # the workspace
 ) -> list[Path]:  # every solution, in the order of the course
@@ -161,12 +162,12 @@ def release_all(
 
 
 def check_all(
-    root: Path,  # the workspace
+    paths: Iterable[Path],  # solutions
     workers: int = 2,  # exercises checked at a time; each runs two kernels
-) -> Iterator[ExerciseCheck]:  # in the order of the course
-    "Check every exercise of a workspace."
+) -> Iterator[ExerciseCheck]:  # in the same order
+    "Check several exercises side by side."
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(check_exercise, solutions(root))
+        yield from pool.map(check_exercise, paths)
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #9267f908
 if __name__ == "__main__" and "__file__" in globals():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFLINE', 'STYLE', 'Lesson', 'read_lesson', 'read_course', 'dependencies', 'select', 'ipc_config', 'Limits',
            'Outcome', 'read_headline', 'run_lesson', 'lesson_key', 'RunRecord', 'earlier_outcomes', 'report_html',
-           'Watcher', 'run_course']
+           'Watcher', 'check_parameters', 'run_course']
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #98d2767f
 import ast
@@ -132,7 +132,7 @@ def select(
     only = list(only)
     return [lesson for lesson in lessons if not only or any(_matches(lesson, word) for word in only)]
 
-# %% ../../notebooks/9_course/90_pipeline.ipynb #e3568d72
+# %% ../../notebooks/9_course/90_pipeline.ipynb #bdb088eb
 def ipc_config(
     folder: Path,  # an absolute, short path; the sockets are made in it
 ) -> Any:  # a traitlets Config for nbclient and papermill
@@ -184,13 +184,13 @@ def _engine() -> type:
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, env: dict, **kwargs: Any) -> Any:
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, kernel: dict, **kwargs: Any) -> Any:
             kwargs = {k: v for k, v in kwargs.items() if k in ("limits", "on_cell", "config")}
-            return Client(nb_man, kernel_name=kernel_name, **kwargs).execute(env=env)
+            return Client(nb_man, kernel_name=kernel_name, **kwargs).execute(**kernel)
 
     return Engine
 
-# %% ../../notebooks/9_course/90_pipeline.ipynb #d037b821
+# %% ../../notebooks/9_course/90_pipeline.ipynb #264a515d
 @dataclass(frozen=True)
 class Outcome:
     "How one lesson ended."
@@ -254,7 +254,8 @@ def run_lesson(
     out.mkdir(parents=True, exist_ok=True)
     done, part = out / f"{lesson.path.stem}.ipynb", out / f".{lesson.path.stem}.part.ipynb"
     started, error, traceback = time.monotonic(), "", ""
-    with tempfile.TemporaryDirectory(prefix="mlops-") as sockets:
+    noise = out / f"{lesson.path.stem}.stderr.txt"  # what the kernel process itself says, a crash for example
+    with tempfile.TemporaryDirectory(prefix="mlops-") as sockets, noise.open("wb") as stderr:
         try:
             papermill.execute_notebook(
                 str(lesson.path),
@@ -265,13 +266,15 @@ def run_lesson(
                 cwd=str(lesson.path.parent),
                 progress_bar=False,
                 config=ipc_config(Path(sockets)),
-                env=os.environ | {"MLOPS_PROFILE": profile} | OFFLINE,
+                kernel={"env": os.environ | {"MLOPS_PROFILE": profile} | OFFLINE, "stderr": stderr},
                 limits=limits or Limits(),
                 on_cell=on_cell,
             )
         except Exception as e:  # _failure raises what is not the lesson's doing
             error, traceback = _failure(e)
     seconds = time.monotonic() - started
+    if not error:
+        noise.unlink()
     executed = nbformat.read(part, as_version=4)
     _write_html(executed, done.with_suffix(".html"))
     os.replace(part, done)
@@ -376,13 +379,24 @@ def report_html(
         f"<h1>{title}</h1><p>{used}</p><table>{head}{''.join(rows)}</table>{''.join(traces)}</html>"
     )
 
-# %% ../../notebooks/9_course/90_pipeline.ipynb #8c3d34ad
+# %% ../../notebooks/9_course/90_pipeline.ipynb #5eccd4aa
 class Watcher:
     "Is told how a run goes on; the command line draws it, a test counts it."
 
     def lesson_started(self, name: str, number: int, total: int) -> None: ...
     def cell_started(self, done: int, total: int) -> None: ...
     def lesson_ended(self, outcome: Outcome) -> None: ...
+
+
+def check_parameters(
+    lessons: Sequence[Lesson],
+    parameters: Iterable[str],  # their names
+) -> None:
+    "Raise ValueError for a parameter that none of the lessons declares: it would change nothing, silently."
+    known = {name for lesson in lessons for name in lesson.parameters}
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"No selected lesson has a parameter {name!r}. They have: {', '.join(sorted(known)) or 'none'}.")
 
 
 def run_course(
@@ -394,16 +408,14 @@ def run_course(
     watcher: Watcher | None = None,
     resume: bool = False,  # True: also take over green lessons of runs that ended
 ) -> RunRecord:
-    "Run lessons one after the other; ValueError for a parameter that none of them declares."
+    "Run lessons one after the other and keep a record; see check_parameters for what it refuses."
     parameters, watcher, runs = parameters or {}, watcher or Watcher(), runs or settings.runs_dir
-    known = {name for lesson in lessons for name in lesson.parameters}
-    for name in parameters:
-        if name not in known:
-            raise ValueError(f"No selected lesson has a parameter {name!r}. They have: {', '.join(sorted(known)) or 'none'}.")
+    check_parameters(lessons, parameters)
     earlier = earlier_outcomes(runs, only_interrupted=not resume)
     folder = runs / datetime.now().strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
     folder.mkdir(parents=True)
-    record, needs, broken = RunRecord(folder, profile, parameters), dependencies(lessons), set()
+    record, needs = RunRecord(folder, profile, parameters), dependencies(lessons)
+    broken: set[str] = set()
     record.save()
     try:
         for number, lesson in enumerate(lessons, 1):

@@ -309,7 +309,7 @@ def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../../notebooks/9_course/90_pipeline.ipynb #3968b5a2
+# %% ../../notebooks/9_course/90_pipeline.ipynb #2d5a95c0
 class RunRecord:
     "The record of one run, runs/ID/results.json: written after every lesson, whole or not at all."
 
@@ -320,7 +320,7 @@ class RunRecord:
 
     def save(self) -> None:
         "Write results.json and index.html, each by renaming a finished file over the old one."
-        fields = {"state": self.state, "profile": self.profile, "parameters": self.parameters}
+        fields = {"state": self.state, "pid": os.getpid(), "profile": self.profile, "parameters": self.parameters}
         results = json.dumps(fields | {"lessons": [asdict(o) for o in self.outcomes]}, indent=1, default=str)
         for name, text in (("results.json", results), ("index.html", report_html(self))):
             part = self.folder / f".{name}.part"
@@ -341,12 +341,21 @@ def earlier_outcomes(
     found: dict[str, tuple[Outcome, Path]] = {}
     for path in sorted(runs.glob("*/results.json"), reverse=True)[: 1 if only_interrupted else None]:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if only_interrupted and record["state"] == "done":
+        if only_interrupted and (record["state"] == "done" or (record["state"] == "running" and _alive(record["pid"]))):
             continue
         for outcome in (Outcome(**fields) for fields in record["lessons"]):
             if outcome.status == "ok":
                 found.setdefault(outcome.key, (outcome, path.parent))
     return found
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #0b0a861b
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -379,7 +388,7 @@ def report_html(
         f"<h1>{title}</h1><p>{used}</p><table>{head}{''.join(rows)}</table>{''.join(traces)}</html>"
     )
 
-# %% ../../notebooks/9_course/90_pipeline.ipynb #5eccd4aa
+# %% ../../notebooks/9_course/90_pipeline.ipynb #3c5febfd
 class Watcher:
     "Is told how a run goes on; the command line draws it, a test counts it."
 
@@ -412,6 +421,9 @@ def run_course(
     parameters, watcher, runs = parameters or {}, watcher or Watcher(), runs or settings.runs_dir
     check_parameters(lessons, parameters)
     earlier = earlier_outcomes(runs, only_interrupted=not resume)
+    for folder in {folder for _, folder in earlier.values()}:
+        for half_written in folder.glob(".*.part*"):
+            half_written.unlink()
     folder = runs / datetime.now().strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
     folder.mkdir(parents=True)
     record, needs = RunRecord(folder, profile, parameters), dependencies(lessons)

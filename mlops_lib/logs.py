@@ -20,7 +20,9 @@ from pythonjsonlogger.json import JsonFormatter
 from .settings import mask, settings
 
 # %% ../notebooks/0_start/01_logs.ipynb #907678db
-_correlation: contextvars.ContextVar[str | None] = contextvars.ContextVar("correlation_id", default=None)
+_correlation: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "correlation_id", default=None
+)
 
 
 class JsonLines(JsonFormatter):

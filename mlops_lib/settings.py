@@ -52,7 +52,9 @@ class Settings(BaseModel):
         return ((name, mask(value)) for name, value in self)
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{name}</td><td>{escape(mask(value))}</td></tr>" for name, value in self)
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{escape(mask(value))}</td></tr>" for name, value in self
+        )
         return f"<table><thead><tr><th>setting</th><th>value</th></tr></thead><tbody>{rows}</tbody></table>"
 
 

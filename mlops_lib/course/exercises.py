@@ -38,9 +38,13 @@ def hidden_test(
     try:
         got = json.loads(json.dumps(result))
     except TypeError as e:
-        raise HiddenTestError(f"driver() must return plain data (dict, list, str, number, bool, None): {e}") from None
+        raise HiddenTestError(
+            f"driver() must return plain data (dict, list, str, number, bool, None): {e}"
+        ) from None
     if compare.__closure__:
-        raise HiddenTestError(f"compare uses outer variables {compare.__code__.co_freevars}; it may see only its argument")
+        raise HiddenTestError(
+            f"compare uses outer variables {compare.__code__.co_freevars}; it may see only its argument"
+        )
     apart = types.FunctionType(compare.__code__, {"__builtins__": builtins})
     apart(got)
 
@@ -59,7 +63,9 @@ def release(
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, "solutions", "part").mkdir(parents=True)  # alone: nbgrader copies whatever lies beside it
+        Path(scratch, "solutions", "part").mkdir(
+            parents=True
+        )  # alone: nbgrader copies whatever lies beside it
         shutil.copy(solution, Path(scratch, "solutions", "part"))
         config = Config()
         config.CourseDirectory.root = scratch
@@ -68,12 +74,18 @@ def release(
         config.CourseDirectory.assignment_id = "part"
         config.CourseDirectory.notebook_id = solution.stem
         config.ClearSolutions.code_stub = {"python": STUB}
-        converter = GenerateAssignment(coursedir=CourseDirectory(config=config), config=config, no_database=True, log=log)
-        converter.preprocessors = [p for p in converter.preprocessors if p is not SaveCells]  # it wants a gradebook
+        converter = GenerateAssignment(
+            coursedir=CourseDirectory(config=config), config=config, no_database=True, log=log
+        )
+        converter.preprocessors = [
+            p for p in converter.preprocessors if p is not SaveCells
+        ]  # it wants a gradebook
         converter.start()
         made = json.loads(Path(scratch, "exercises", "part", solution.name).read_text(encoding="utf-8"))
     exercise.parent.mkdir(parents=True, exist_ok=True)
-    exercise.write_text(json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    exercise.write_text(
+        json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return exercise
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #30ce5d87
@@ -100,7 +112,9 @@ def run_graded(
     where = {"metadata": {"path": str(cwd)}}
     with tempfile.TemporaryDirectory(prefix="mlops-") as sockets:
         config = ipc_config(Path(sockets))
-        NotebookClient(notebook, timeout=timeout, allow_errors=True, resources=where, config=config).execute()
+        NotebookClient(
+            notebook, timeout=timeout, allow_errors=True, resources=where, config=config
+        ).execute()
     graded = []
     for cell in notebook.cells:
         meta = cell.metadata.get("nbgrader", {})

@@ -57,13 +57,26 @@ def read_lesson(
         raise ValueError(f"{path} is not a notebook: {e!r}") from None
     text = "".join(cells[0]["source"]) if cells else ""
     title = text.removeprefix("# ").split("\n")[0]
-    code = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
+    code = [
+        ("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"
+    ]
     exported = re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", "\n".join(source for source, _ in code))
     trees = [(ast.parse(TransformerManager().transform_cell(source)), tags) for source, tags in code]
     nodes = [node for tree, _ in trees for node in ast.walk(tree)]
-    names = {f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+    names = {
+        f"{n.module}.{a.name}"
+        for n in nodes
+        if isinstance(n, ast.ImportFrom) and n.module
+        for a in n.names
+    }
     names |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    assigned = [node for tree, tags in trees if "parameters" in tags for node in tree.body if isinstance(node, ast.Assign)]
+    assigned = [
+        node
+        for tree, tags in trees
+        if "parameters" in tags
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+    ]
     return Lesson(
         path=path,
         title=title,
@@ -80,7 +93,9 @@ def read_course(
     "Read every lesson of a workspace."
     lessons = [read_lesson(path) for path in sorted((root / "notebooks").glob("[0-9]*/[0-9]*.ipynb"))]
     if not lessons:
-        raise ValueError(f"There are no lessons under {root / 'notebooks'}. Run this inside the workspace.")
+        raise ValueError(
+            f"There are no lessons under {root / 'notebooks'}. Run this inside the workspace."
+        )
     return lessons
 
 
@@ -123,8 +138,14 @@ def select(
     "Choose lessons by part or name; ValueError for a word that matches none."
     for word in [*only, *([start] if start else [])]:
         if not any(_matches(lesson, word) for lesson in lessons):
-            known = {w for lesson in lessons for w in (*lesson.name.split("/"), *lesson.name.split("/")[1].split("_", 1))}
-            close = difflib.get_close_matches(word, known, n=3) or sorted({lesson.path.parent.name for lesson in lessons})
+            known = {
+                w
+                for lesson in lessons
+                for w in (*lesson.name.split("/"), *lesson.name.split("/")[1].split("_", 1))
+            }
+            close = difflib.get_close_matches(word, known, n=3) or sorted(
+                {lesson.path.parent.name for lesson in lessons}
+            )
             raise ValueError(f"No lesson or part is called {word!r}. Nearest: {', '.join(close)}.")
     if start:
         first = next(i for i, lesson in enumerate(lessons) if _matches(lesson, start))
@@ -152,7 +173,12 @@ class Limits:
 
 
 # a lesson never asks a hub for data and never reports home
-OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "ANONYMIZED_TELEMETRY": "False"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ANONYMIZED_TELEMETRY": "False",
+}
 
 
 def _engine() -> type:
@@ -160,7 +186,9 @@ def _engine() -> type:
     from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
-        def __init__(self, nb_man: Any, limits: Limits, on_cell: Callable[[int, int], None], **kwargs: Any) -> None:
+        def __init__(
+            self, nb_man: Any, limits: Limits, on_cell: Callable[[int, int], None], **kwargs: Any
+        ) -> None:
             deadline = time.monotonic() + limits.lesson
             total = len(nb_man.nb.cells)
             super().__init__(
@@ -184,7 +212,9 @@ def _engine() -> type:
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, kernel: dict, **kwargs: Any) -> Any:
+        def execute_managed_notebook(
+            cls, nb_man: Any, kernel_name: str, kernel: dict, **kwargs: Any
+        ) -> Any:
             kwargs = {k: v for k, v in kwargs.items() if k in ("limits", "on_cell", "config")}
             return Client(nb_man, kernel_name=kernel_name, **kwargs).execute(**kernel)
 
@@ -215,7 +245,9 @@ def read_headline(
             for output in cell.get("outputs", []):
                 text = "".join(output.get("data", {}).get("text/plain", ""))
                 try:
-                    return ", ".join(f"{name} {value}" for name, value in ast.literal_eval(text).items())
+                    return ", ".join(
+                        f"{name} {value}" for name, value in ast.literal_eval(text).items()
+                    )
                 except (ValueError, SyntaxError, AttributeError):
                     return text
     return ""
@@ -254,7 +286,9 @@ def run_lesson(
     out.mkdir(parents=True, exist_ok=True)
     done, part = out / f"{lesson.path.stem}.ipynb", out / f".{lesson.path.stem}.part.ipynb"
     started, error, traceback = time.monotonic(), "", ""
-    noise = out / f"{lesson.path.stem}.stderr.txt"  # what the kernel process itself says, a crash for example
+    noise = (
+        out / f"{lesson.path.stem}.stderr.txt"
+    )  # what the kernel process itself says, a crash for example
     with tempfile.TemporaryDirectory(prefix="mlops-") as sockets, noise.open("wb") as stderr:
         try:
             papermill.execute_notebook(
@@ -300,7 +334,11 @@ def lesson_key(
         digest.update(lesson.code.encode() if path == lesson.path else path.read_bytes())
     used = {name: parameters[name] for name in lesson.parameters if name in parameters}
     for name, value in sorted(used.items()):
-        content = _file_digest(Path(value)) if isinstance(value, str) and Path(value).is_file() else repr(value)
+        content = (
+            _file_digest(Path(value))
+            if isinstance(value, str) and Path(value).is_file()
+            else repr(value)
+        )
         digest.update(f"{name}={content};".encode())
     return hashlib.sha256(digest.digest() + profile.encode()).hexdigest()[:16]
 
@@ -320,8 +358,15 @@ class RunRecord:
 
     def save(self) -> None:
         "Write results.json and index.html, each by renaming a finished file over the old one."
-        fields = {"state": self.state, "pid": os.getpid(), "profile": self.profile, "parameters": self.parameters}
-        results = json.dumps(fields | {"lessons": [asdict(o) for o in self.outcomes]}, indent=1, default=str)
+        fields = {
+            "state": self.state,
+            "pid": os.getpid(),
+            "profile": self.profile,
+            "parameters": self.parameters,
+        }
+        results = json.dumps(
+            fields | {"lessons": [asdict(o) for o in self.outcomes]}, indent=1, default=str
+        )
         for name, text in (("results.json", results), ("index.html", report_html(self))):
             part = self.folder / f".{name}.part"
             part.write_text(text, encoding="utf-8")
@@ -341,12 +386,15 @@ def earlier_outcomes(
     found: dict[str, tuple[Outcome, Path]] = {}
     for path in sorted(runs.glob("*/results.json"), reverse=True)[: 1 if only_interrupted else None]:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if only_interrupted and (record["state"] == "done" or (record["state"] == "running" and _alive(record["pid"]))):
+        if only_interrupted and (
+            record["state"] == "done" or (record["state"] == "running" and _alive(record["pid"]))
+        ):
             continue
         for outcome in (Outcome(**fields) for fields in record["lessons"]):
             if outcome.status == "ok":
                 found.setdefault(outcome.key, (outcome, path.parent))
     return found
+
 
 def _alive(pid: int) -> bool:
     try:
@@ -378,11 +426,15 @@ def report_html(
             f'<td class="n">{o.seconds:.1f}</td><td>{escape(o.headline or o.error)}</td></tr>'
         )
         if o.traceback:
-            traces.append(f"<h2>{escape(o.name)}</h2><p>{escape(o.error)}</p><pre>{escape(o.traceback)}</pre>")
+            traces.append(
+                f"<h2>{escape(o.name)}</h2><p>{escape(o.error)}</p><pre>{escape(o.traceback)}</pre>"
+            )
     head = "<tr><th>lesson</th><th>title</th><th>status</th><th>seconds</th><th>result</th></tr>"
     ok = sum(o.status == "ok" for o in run.outcomes)
     title = f"Run {escape(run.folder.name)}: {ok} of {len(run.outcomes)} lessons green"
-    used = escape(", ".join(f"{k} = {v}" for k, v in {"profile": run.profile, **run.parameters}.items()))
+    used = escape(
+        ", ".join(f"{k} = {v}" for k, v in {"profile": run.profile, **run.parameters}.items())
+    )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
         f"<h1>{title}</h1><p>{used}</p><table>{head}{''.join(rows)}</table>{''.join(traces)}</html>"
@@ -405,7 +457,9 @@ def check_parameters(
     known = {name for lesson in lessons for name in lesson.parameters}
     for name in parameters:
         if name not in known:
-            raise ValueError(f"No selected lesson has a parameter {name!r}. They have: {', '.join(sorted(known)) or 'none'}.")
+            raise ValueError(
+                f"No selected lesson has a parameter {name!r}. They have: {', '.join(sorted(known)) or 'none'}."
+            )
 
 
 def run_course(
@@ -434,7 +488,9 @@ def run_course(
             watcher.lesson_started(lesson.name, number, len(lessons))
             key = lesson_key(lesson, profile, parameters)
             if missing := sorted(needs[lesson.name] & broken):
-                outcome = Outcome(lesson.name, lesson.title, "skipped", error=f"needs {', '.join(missing)}")
+                outcome = Outcome(
+                    lesson.name, lesson.title, "skipped", error=f"needs {', '.join(missing)}"
+                )
             elif key in earlier:
                 outcome = _take_over(*earlier[key], folder)
             else:

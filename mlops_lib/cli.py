@@ -113,7 +113,7 @@ def _watcher(quiet: bool) -> Any:
                 outcome.headline or outcome.error, markup=False, overflow="ellipsis", no_wrap=True
             )
             if outcome.traceback:
-                console.print(outcome.traceback, style="dim", markup=False)
+                console.print(outcome.traceback, markup=False, soft_wrap=True)
 
     return Drawn()
 

@@ -261,7 +261,7 @@ def _failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, PapermillExecutionError):
         where = f"cell [{error.exec_count}]"
         text = strip_ansi("\n".join(error.traceback))
-        return f"{where}: {error.ename}: {error.evalue}", f"{error.source}\n{'-' * 40}\n{text}"
+        return f"{where}: {error.ename}: {error.evalue}", f"{error.source}\n\n{text}"
     if isinstance(error, CellTimeoutError):
         return f"time limit: {str(error).splitlines()[0]}", str(error)
     if isinstance(error, DeadKernelError):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'MAX_LINE', 'Line', 'TEXT', 'NUMBER', 'WHOLE', 'DATE', 'Columns', 'VOTES', 'REVIEW', 'USER', 'BUSINESS',
            'STYLES', 'CLOCKS', 'NUMERIC', 'MAX_BATCH', 'Batch', 'LABELS', 'MISSING', 'Task', 'TableError', 'read_lines',
-           'parse_date', 'parse_dates', 'cast', 'Quarantine', 'kind_of_file', 'scan_rows', 'scan_reviews',
+           'parse_line', 'parse_date', 'parse_dates', 'cast', 'Quarantine', 'kind_of_file', 'scan_rows', 'scan_reviews',
            'load_reviews', 'load_users', 'load_businesses', 'label_from_stars', 'add_label', 'is_id', 'to_numbers',
            'Table', 'as_table', 'load_table', 'load_example']
 
@@ -60,7 +60,7 @@ def read_lines(
         if line.strip():
             yield number, line, None
 
-# %% ../../notebooks/1_data/10_tables.ipynb #b1ccae40
+# %% ../../notebooks/1_data/10_tables.ipynb #6a809c59
 def parse_line(
     line: bytes,
 ) -> dict[str, str | None]:  # column -> its value as text; nested values as JSON
@@ -70,7 +70,7 @@ def parse_line(
     except UnicodeDecodeError as e:
         raise TableError(f"not UTF-8: byte 0x{line[e.start]:02x} at position {e.start}") from None
     except json.JSONDecodeError as e:
-        raise TableError(f"broken JSON: {e.msg.removesuffix(" at")} at position {e.pos}") from None
+        raise TableError(f"broken JSON: {e.msg} at position {e.pos}".replace("at at", "at")) from None
     except (RecursionError, ValueError):
         raise TableError("broken JSON: nested too deeply, or a number too long") from None
     if not isinstance(row, dict):

@@ -494,7 +494,7 @@ def as_table(
     ignored = [name for name in others if frame[name].isna().all() or is_id(str(name), frame[name])]
     return Table(frame, target, [name for name in others if name not in ignored], ignored, task)
 
-# %% ../../notebooks/1_data/10_tables.ipynb #2d692def
+# %% ../../notebooks/1_data/10_tables.ipynb #b8efd214
 def load_table(
     path: str | Path,  # CSV (comma, semicolon, tab or bar; plain or gzip) or Parquet
     target: str,  # the column to predict
@@ -507,9 +507,10 @@ def load_table(
     try:
         if kind == "parquet":
             return as_table(pd.read_parquet(path), target, task)
-        opener = gzip.open if kind == "gzip" else open
-        with opener(path, "rt", encoding=encoding) as file:
-            head = file.readline().removeprefix("\ufeff")
+        opener: Any = gzip.open if kind == "gzip" else open
+        codec = "utf-8-sig" if encoding == "utf-8" else encoding  # with or without the mark of Windows
+        with opener(path, "rt", encoding=codec) as file:
+            head = next((line for line in file if line.strip()), "")
             mark = max(",;\t|", key=head.count)
             names = next(csv.reader([head], delimiter=mark), [])
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -522,7 +523,9 @@ def load_table(
         raise TableError(f"{path} is not a table that can be read: {e}") from None
     if frame.empty:
         raise TableError(f"{path} has columns but no rows.")
-    return as_table(frame.rename(columns={frame.columns[0]: names[0]}), target, task)
+    if not frame.index.equals(pd.RangeIndex(len(frame))):
+        raise TableError(f"{path} has rows with more values than its first line has columns ({len(names)}).")
+    return as_table(frame, target, task)
 
 # %% ../../notebooks/1_data/10_tables.ipynb #9f5a3137
 def load_example(

@@ -6,9 +6,10 @@
 __all__ = ['log', 'Frame', 'LAYERS', 'LayerError', 'version_of', 'Entry', 'entries', 'latest', 'lock', 'save', 'load', 'manifest',
            'prune', 'code_version', 'once']
 
-# %% ../../notebooks/1_data/17_layers.ipynb #7dd3b989
+# %% ../../notebooks/1_data/17_layers.ipynb #6d3def83
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -158,7 +159,7 @@ def lock(
             raise LayerError(f"Waited {timeout:g} s for another process at {path}: {e}.") from None
         yield
 
-# %% ../../notebooks/1_data/17_layers.ipynb #7a20b0d7
+# %% ../../notebooks/1_data/17_layers.ipynb #20c372f6
 def save(
     data: Any,  # a pandas or polars frame, or plain data (what JSON can write)
     layer: str,
@@ -168,6 +169,8 @@ def save(
     latest: bool = True,  # False: keep the version; what load() finds by the name stays
 ) -> Entry:
     "Keep a data set in a layer. The same content is stored once."
+    if not re.fullmatch(r"\w+", name):
+        raise LayerError(f"A data set needs a name of letters, digits and _, not {name!r}.")
     folder, version, table = _folder(layer), version_of(data), None
     if isinstance(data, Frame):
         table = _arrow(data)

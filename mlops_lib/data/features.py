@@ -241,7 +241,7 @@ def create_features(
     columns["category_encoded"] = encoder.encode(categories)
     return _add(df, {name: columns[name] for name in FEATURES})
 
-# %% ../../notebooks/1_data/15_features.ipynb #9cce1696
+# %% ../../notebooks/1_data/15_features.ipynb #df9f944a
 @dataclass(frozen=True)
 class Selection:
     "Which features stay, and why the others go."
@@ -254,7 +254,8 @@ class Selection:
 
     @cached_property
     def dropped(self) -> dict[str, str]:
-        return self.table[~self.table.kept].set_index("feature")["reason"].to_dict()
+        out = self.table[~self.table.kept]
+        return dict(zip(out.feature, out.reason, strict=True))
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False, float_format="{:.2f}".format, na_rep="", border=0)

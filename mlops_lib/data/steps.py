@@ -6,12 +6,12 @@
 __all__ = ['log', 'Frame', 'PARAMS', 'STEPS', 'StepError', 'Extraction', 'extract', 'read_params', 'source_version', 'run_step',
            'run_chain', 'prepare']
 
-# %% ../../notebooks/1_data/18_steps.ipynb #5168ad7d
+# %% ../../notebooks/1_data/18_steps.ipynb #97dab25c
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .tables import BUSINESS, USER, add_label
 from ..logs import get_logger
 from ..settings import settings
 
-# %% ../../notebooks/1_data/18_steps.ipynb #90776992
+# %% ../../notebooks/1_data/18_steps.ipynb #6806bdd0
 log = get_logger(__name__)
 Frame = pd.DataFrame | pl.DataFrame
 
@@ -45,7 +45,12 @@ class Extraction:
     late: int  # new rows that are older than the newest one we had
     watermark: datetime | None  # the newest date, these rows included
 
-# %% ../../notebooks/1_data/18_steps.ipynb #1ac3b702
+
+def _newest(frame: pl.DataFrame) -> Any:
+    tomorrow = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)
+    return frame.filter(pl.col("date") <= tomorrow)["date"].max()
+
+# %% ../../notebooks/1_data/18_steps.ipynb #9d7321fb
 def extract(
     source: Frame,  # all the messages that the source shows
     known: Frame | None = None,  # the messages that we have; None: none yet
@@ -56,7 +61,7 @@ def extract(
     fresh = frame.with_row_index("_row")
     if known is not None and len(known):
         have = known if isinstance(known, pl.DataFrame) else pl.from_pandas(known)
-        newest = have["date"].max()
+        newest = _newest(have)
         named = pl.col("review_id").is_not_null()
         fresh = pl.concat([
             fresh.filter(named).join(have, on="review_id", how="anti"),
@@ -65,7 +70,7 @@ def extract(
     rows = fresh["_row"].to_numpy()
     new = frame[rows] if isinstance(source, pl.DataFrame) else source.iloc[rows].reset_index(drop=True)
     late = int((fresh["date"] <= newest).sum()) if newest else 0
-    dates: Any = [d for d in (newest, fresh["date"].max()) if d is not None]
+    dates = [d for d in (newest, _newest(fresh)) if d is not None]
     return Extraction(new, len(frame) - len(new), late, max(dates, default=None))
 
 # %% ../../notebooks/1_data/18_steps.ipynb #2a0e6eb5

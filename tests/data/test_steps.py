@@ -77,6 +77,15 @@ def test_extract_without_ids_and_with_repeats() -> None:
     assert extract(grown, first.new).new["text"].tolist() == ["new"]
 
 
+def test_a_date_in_the_future_does_not_move_the_watermark() -> None:
+    when = pd.to_datetime(["2024-01-01", "2099-01-01"]).astype("datetime64[us]")
+    first = extract(pd.DataFrame({"review_id": ["a", "b"], "text": ["x", "y"], "date": when}))
+    assert pd.Timestamp(first.watermark) == when[0]
+    more = pd.DataFrame({"review_id": ["c"], "text": ["z"], "date": when[:1] + pd.Timedelta(days=1)})
+    found = extract(more, first.new)
+    assert (found.late, pd.Timestamp(found.watermark)) == (0, more["date"][0])
+
+
 # the chain
 
 

@@ -52,7 +52,8 @@ def main() -> int:
     args = parser.parse_args()
 
     found = load_reviews(args.reviews) if args.reviews else generate_inbox(2_000).review
-    texts = found["text"].dropna().drop_duplicates().sample(args.rows, random_state=0).tolist()
+    texts = found["text"].dropna().drop_duplicates()
+    texts = texts[texts.str.strip() != ""].sample(args.rows, random_state=0).tolist()
     torch.set_num_threads(args.threads)
     original, encoder = minilm.load_model("cpu"), Encoder(threads=args.threads)
     cosine = (encoder.embed(texts) * original.encode(texts, normalize_embeddings=True)).sum(axis=1)

@@ -8,7 +8,7 @@ __all__ = ['log', 'NOT_THERE', 'METRIC', 'Answers', 'DECISIONS', 'RegistryError'
            'Comparison', 'compare', 'Gate', 'Check', 'judge', 'Decision', 'decisions', 'promote', 'rollback',
            'set_alias']
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #4e1931ca
+# %% ../../notebooks/3_registry/31_gates.ipynb #cbbbfc18
 import hashlib
 import json
 import re
@@ -32,8 +32,14 @@ from scipy.stats import binomtest
 from ..data.layers import entries, load, lock, save
 from ..logs import get_logger
 from mlops_lib.registry.tracking import (
-    experiment_id, fingerprints, load_model, log_batches, open_store, safe_name, user,
-)  # fmt: skip
+    experiment_id,
+    fingerprints,
+    load_model,
+    log_batches,
+    open_store,
+    safe_name,
+    user,
+)
 from ..settings import settings
 from ..training.metrics import LOWER_IS_BETTER, compute_metrics
 
@@ -53,7 +59,7 @@ def hold_out(
     aside = fingerprints(data, by) / 2.0**64 < share
     return data[~aside].reset_index(drop=True), data[aside].reset_index(drop=True)
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #fd9894de
+# %% ../../notebooks/3_registry/31_gates.ipynb #9288efc3
 @dataclass(frozen=True)
 class Exam:
     "Test rows that stay as they are, named by their content."
@@ -72,15 +78,17 @@ def freeze_exam(
     "Keep test rows. The exam frozen last is the one that counts."
     name = name or settings.registered_model
     if target not in frame or frame.empty:
-        raise RegistryError(f"An exam needs rows with {target!r}; got {len(frame)} rows of {list(frame.columns)}.")
-    save(frame.reset_index(drop=True), "model_input", _dataset(name), params={"target": target, "model": name})
+        told = f"{len(frame)} rows of {list(frame.columns)}"
+        raise RegistryError(f"An exam needs rows with a column {target!r}; got {told}.")
+    about = {"target": target, "model": name}
+    save(frame.reset_index(drop=True), "model_input", _dataset(name), params=about)
     return load_exam(name)
 
 
 def _dataset(name: str) -> str:
     return "exam_" + re.sub(r"\W", "_", name)  # a data set's name has letters, digits and _ only
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #faf6f953
 def load_exam(
     name: str | None = None,
     version: str | None = None,  # None: the one frozen last
@@ -91,23 +99,24 @@ def load_exam(
     found = [e for e in kept if e.version.startswith(version or "")]
     if not found:
         which = f"exam {version}" if version else "exam"
-        raise RegistryError(f"There is no {which} for {name!r}; freeze one: freeze_exam(rows, target, name).")
+        raise RegistryError(f"No {which} for {name!r}; freeze one: freeze_exam(rows, target, name).")
     last = found[-1]
     return Exam(name, last.version, last.params["target"], load("model_input", last.name, last.version))
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #7034be17
+# %% ../../notebooks/3_registry/31_gates.ipynb #d06f9040
 def mcnemar(
     y_true: Any,
     old: Any,  # predictions of one model
     new: Any,  # predictions of another on the same rows
-) -> tuple[int, int, float]:  # rows only old gets right, rows only new does, p-value of "new is no better"
-    "McNemar's exact test, one-sided: where just one model is right, is it the new one more than by chance?"
+) -> tuple[int, int, float]:  # rows that only old gets right, that only new does, p-value
+    "McNemar's exact test: where just one model is right, is it the new one more often than by chance?"
     truth = np.asarray(y_true)
     old_right, new_right = np.asarray(old) == truth, np.asarray(new) == truth
     only_old, only_new = int((old_right & ~new_right).sum()), int((new_right & ~old_right).sum())
     if not only_old + only_new:
         return 0, 0, 1.0
-    return only_old, only_new, float(binomtest(only_new, only_old + only_new, alternative="greater").pvalue)
+    coin = binomtest(only_new, only_old + only_new, alternative="greater")
+    return only_old, only_new, float(coin.pvalue)
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #e382a89d
 def _label_scores(tables: np.ndarray, metric: str, labels: list[str]) -> np.ndarray:
@@ -140,7 +149,7 @@ def paired_bootstrap(
         scores.append(_label_scores((drawn @ cell).reshape(draws, k, k), metric, labels.tolist()))
     return scores[1] - scores[0]
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #8078d091
+# %% ../../notebooks/3_registry/31_gates.ipynb #02f46ad0
 @dataclass(frozen=True)
 class Version:
     "One version of a registered model, with what its run recorded."
@@ -175,10 +184,10 @@ class Version:
             try:
                 return read(Path(self.store.download_artifacts(self.run_id, name, folder)))
             except (MlflowException, OSError):
-                told = f"{self.name} {self.version} kept no {name}; log its run with log_run(result, data)."
-                raise RegistryError(told) from None
+                told = f"{self.name} {self.version} kept no {name}"
+                raise RegistryError(f"{told}; log its run with log_run(result, data).") from None
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #4baaa981
+# %% ../../notebooks/3_registry/31_gates.ipynb #37aa2560
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -197,9 +206,9 @@ def find(
         if e.error_code not in NOT_THERE:
             raise
         table = versions(name, store=store)
-        known = ", ".join(f"{v} {a}".strip() for v, a in zip(table.version, table.aliases)) or "none"
-        raise RegistryError(f"{name!r} has no version or alias {str(where)!r}; it has: {known}.") from None
-    return Version(name, int(found.version), found.run_id, tuple(sorted(found.aliases)), store)
+        known = ", ".join(f"{v.version} {v.aliases}".strip() for v in table.itertuples()) or "none"
+        raise RegistryError(f"{name!r} has no version {str(where)!r}; it has: {known}.") from None
+    return Version(name, int(found.version), found.run_id or "", tuple(sorted(found.aliases)), store)
 
 
 def champion(
@@ -213,7 +222,7 @@ def champion(
     except RegistryError:
         return None
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #4269a8d9
+# %% ../../notebooks/3_registry/31_gates.ipynb #1f1f7ad5
 def _pages(search: Callable[..., Any], *args: Any, **more: Any) -> list:
     page = search(*args, **more)
     found = list(page)
@@ -237,16 +246,17 @@ def versions(
     found = _pages(store.search_model_versions, f"name = {_quote(name)}")
     found.sort(key=lambda v: -int(v.version))
     aliases = store.get_registered_model(name).aliases if found else {}
+    labels = lambda v: " ".join(a for a, n in sorted(aliases.items()) if int(n) == int(v.version))
     return pd.DataFrame({
         "version": [int(v.version) for v in found],
-        "aliases": [" ".join(a for a, n in sorted(aliases.items()) if int(n) == int(v.version)) for v in found],
+        "aliases": [labels(v) for v in found],
         "created": pd.to_datetime([v.creation_timestamp for v in found], unit="ms").floor("s"),
         "kind": [v.tags.get("kind", "") for v in found],
         "data": [v.tags.get("data_version", "")[:8] for v in found],
         "run": [v.run_id for v in found],
     })  # fmt: skip
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #8cf59a9f
 def models(
     *,
     store: MlflowClient | None = None,
@@ -255,9 +265,8 @@ def models(
     found = _pages((store or open_store()).search_registered_models)
     at = lambda alias: pd.array([m.aliases.get(alias) for m in found], dtype="string").astype("Int64")
     changed = pd.to_datetime([m.last_updated_timestamp for m in found], unit="ms").floor("s")
-    names = [m.name for m in found]
-    table = {"name": names, "champion": at("champion"), "challenger": at("challenger"), "changed": changed}
-    return pd.DataFrame(table)
+    table = pd.DataFrame({"name": pd.array([m.name for m in found], dtype=object)})
+    return table.assign(champion=at("champion"), challenger=at("challenger"), changed=changed)
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #0103125b
 def unseen(
@@ -270,7 +279,7 @@ def unseen(
         fair &= ~np.isin(fingerprints(exam.frame, version.report["features"]), version.training_rows)
     return fair
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #8762d4ce
+# %% ../../notebooks/3_registry/31_gates.ipynb #77e0cdaf
 METRIC = {"classification": "f1_weighted", "regression": "rmse", "timeseries": "mape"}
 Answers = tuple[np.ndarray, np.ndarray | None, dict[str, float]]  # predictions, probabilities, metrics
 
@@ -288,21 +297,22 @@ def sit(
     return said, proba, compute_metrics(task, truth, said, proba, classes)
 
 
-def _differences(truth: np.ndarray, old: Answers, new: Answers, metric: str, version: Version) -> np.ndarray:
-    task, classes = version.run.data.tags.get("task", "classification"), version.report.get("classes")
+def _differences(truth: Any, old: Answers, new: Answers, metric: str, version: Version) -> np.ndarray:
+    task: Any = version.run.data.tags.get("task", "classification")
+    classes = version.report.get("classes")
     if metric == "accuracy" or metric.startswith("f1_"):
         return paired_bootstrap(truth, old[0], new[0], metric)
 
     def score(a: Answers, k: np.ndarray) -> float:
         proba = None if a[1] is None else a[1][k]
-        return compute_metrics(task, truth[k], a[0][k], proba, classes).get(metric, np.nan)  # type: ignore[arg-type]
+        return compute_metrics(task, truth[k], a[0][k], proba, classes).get(metric, np.nan)
 
     rng = np.random.default_rng(0)
     drawn = [rng.integers(0, len(truth), len(truth)) for _ in range(400)]
     found = np.array([score(new, k) - score(old, k) for k in drawn])
     return found[~np.isnan(found)] * (-1 if metric in LOWER_IS_BETTER else 1)
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #ae56b741
+# %% ../../notebooks/3_registry/31_gates.ipynb #915c659e
 @dataclass(frozen=True)
 class Comparison:
     "Two versions on the same rows; positive differences speak for the new one."
@@ -342,10 +352,11 @@ class Comparison:
         left_out = f", {self.seen} seen rows left out" if self.seen else ""
         where = f"{self.rows:,} rows of exam {self.exam[:8]}{left_out}"
         right = f"only {self.old} right: {self.only_old}, only {self.new} right: {self.only_new}"
-        about = f"<b>{escape(self.name)}</b>: {self.new} against {self.old} on {where}<br>{escape(str(self))}"
-        return f"<p>{about}<br>{right}, McNemar p = {self.p_accuracy:.3f}</p>{self.metrics.round(3).to_html()}"
+        about = f"<b>{escape(self.name)}</b>: {self.new} against {self.old} on {where}"
+        tests = f"{escape(str(self))}<br>{right}, McNemar p = {self.p_accuracy:.3f}"
+        return f"<p>{about}<br>{tests}</p>{self.metrics.round(3).to_html()}"
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #96c8c9fe
+# %% ../../notebooks/3_registry/31_gates.ipynb #a4253a3d
 def compare(
     new: int | str | Version = "challenger",  # a version or an alias
     old: int | str | Version = "champion",
@@ -362,7 +373,8 @@ def compare(
     metric = metric or METRIC.get(new.run.data.tags.get("task", ""), "f1_weighted")
     fair = unseen(exam, old, new)
     if not fair.any():
-        raise RegistryError(f"No row of exam {exam.version[:8]} is new to both {old.version} and {new.version}.")
+        pair = f"{old.version} and {new.version}"
+        raise RegistryError(f"No row of exam {exam.version[:8]} is new to both {pair}.")
     truth = exam.frame[fair][exam.target].to_numpy()
     answers = {v.version: sit(v, exam, fair) for v in (old, new)}
     a, b = answers[old.version], answers[new.version]
@@ -372,17 +384,16 @@ def compare(
     sign = -1 if metric in LOWER_IS_BETTER else 1
     counts = int(fair.sum()), int((~fair).sum())
     difference, redrawn = sign * (b[2][metric] - a[2][metric]), _differences(truth, a, b, metric, new)
-    test = mcnemar(truth, a[0], b[0])
-    return Comparison(
-        new.name, old.version, new.version, exam.version, *counts, metric, table, difference, redrawn, *test
-    )
+    test: Any = mcnemar(truth, a[0], b[0])
+    who: Any = new.name, old.version, new.version, exam.version
+    return Comparison(*who, *counts, metric, table, difference, redrawn, *test)
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #12825ba8
+# %% ../../notebooks/3_registry/31_gates.ipynb #b3b37bbd
 @dataclass(frozen=True)
 class Gate:
     "What a version must show before it becomes champion."
 
-    targets: Mapping[str, float] | None = None  # metric -> value on the exam; None: those of the training
+    targets: Mapping[str, float] | None = None  # metric -> value; None: those of the training
     metric: str | None = None  # what it is compared by; None: by the task, such as f1_weighted
     rule: Literal["better", "not worse"] = "better"
     margin: float = 0.0  # better by more than this, or worse by less than this
@@ -393,9 +404,10 @@ class Gate:
         if self.rule not in ("better", "not worse"):
             raise RegistryError(f"A gate's rule is 'better' or 'not worse', got {self.rule!r}.")
         if self.margin < 0 or not 0 < self.alpha < 0.5:
-            raise RegistryError(f"margin is ≥ 0 and alpha between 0 and 0.5; got {self.margin} and {self.alpha}.")
+            given = f"{self.margin} and {self.alpha}"
+            raise RegistryError(f"A gate's margin is ≥ 0, its alpha between 0 and 0.5; got {given}.")
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #3f70f7c5
 @dataclass(frozen=True)
 class Check:
     "One question of a gate and its answer."
@@ -422,7 +434,7 @@ def _check_against(c: Comparison, gate: Gate) -> Check:
     worst = float(np.quantile(c.differences, gate.alpha))
     return Check(asked, worst > -gate.margin, f"{c}; at worst {worst:+.3f}")
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #c31bdb1e
+# %% ../../notebooks/3_registry/31_gates.ipynb #10af0723
 def judge(
     new: Version,
     old: Version | None,  # the champion, if there is one
@@ -432,16 +444,18 @@ def judge(
     "Put a version through a gate. A model that cannot answer the exam does not pass it."
     asked, told = exam.target, new.run.data.tags.get("target")
     if told != asked:
-        return [Check("same target", False, f"it predicts {told!r}, the exam asks for {asked!r}")], {}, {}
+        why = f"it predicts {told!r}, the exam asks for {asked!r}"
+        return [Check("same target", False, why)], {}, {}
     try:
         fair = unseen(exam, *([new] if old is None else [old, new]))
         count, seen = int(fair.sum()), int((~fair).sum())
-        words = f"{count} of {len(fair)} rows are fair" + (f"; {seen} were trained on and do not count" if seen else "")
+        words = f"{count} of {len(fair)} rows are fair"
+        words += f"; {seen} were trained on and do not count" if seen else ""
         checks = [Check(f"{gate.min_rows} fair rows", count >= gate.min_rows, words)]
         if count < gate.min_rows:
             return checks, {}, {}
         _, _, found = sit(new, exam, fair)
-    except ValueError as e:  # columns missing, untrusted file, training rows unknown: each says what is wrong
+    except ValueError as e:  # a column missing, an untrusted file, training rows unknown: it says which
         return [Check("can be examined", False, str(e))], {}, {}
     targets = new.report["targets"] if gate.targets is None else gate.targets
     checks += [_check_target(metric, goal, found.get(metric)) for metric, goal in targets.items()]
@@ -451,7 +465,7 @@ def judge(
         both = compare(new, old, exam, metric=gate.metric)
     except ValueError as e:
         return [*checks, Check(f"comparable with version {old.version}", False, str(e))], found, {}
-    of_old = both.metrics[f"version {old.version}"].dropna().to_dict()
+    of_old = {str(k): float(v) for k, v in both.metrics[f"version {old.version}"].dropna().items()}
     return [*checks, _check_against(both, gate)], found, of_old
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #6e81ad76
@@ -492,14 +506,13 @@ class Decision:
         table = f"<table><tr><th>asked</th><th></th><th>found</th></tr>{rows}</table>" if rows else ""
         return f"<p>{about}<br>{escape(self.reason)}</p>{table}"
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #a554a2b7
+# %% ../../notebooks/3_registry/31_gates.ipynb #51308dd2
 DECISIONS = "registry-decisions"  # the experiment
 
 
 def _write(store: MlflowClient, d: Decision) -> str:
-    told = "action version before passed applied outcome reason who exam data_version run_id at".split()
-    facts = {name: getattr(d, name) for name in told}
-    tags = {"model": d.name, **{k: "" if v is None else str(v)[:5000] for k, v in facts.items()}}
+    facts = {k: v for k, v in vars(d).items() if not isinstance(v, (tuple, Mapping))} | {"outcome": d.outcome}
+    tags = {k: "" if v is None else str(v)[:5000] for k, v in facts.items()} | {"model": d.name}
     tags["checks"] = json.dumps([[c.name, bool(c.passed), c.found] for c in d.checks])[:5000]
     where = experiment_id(store, DECISIONS)
     run_id = store.create_run(where, run_name=f"{d.name} {d.version} {d.outcome}", tags=tags).info.run_id
@@ -515,18 +528,19 @@ def _carry_out(store: MlflowClient, d: Decision) -> Decision:
         if d.applied:
             now = champion(d.name, store=store)
             if (now.version if now else None) != d.before:
-                raise RegistryError(f"The champion of {d.name!r} changed while {d.version} was judged; try again.")
+                told = f"The champion of {d.name!r} changed while {d.version} was judged"
+                raise RegistryError(f"{told}; promote it again.")
             store.set_registered_model_alias(d.name, "champion", str(d.version))
             if d.action == "promote" and "challenger" in find(d.version, d.name, store=store).aliases:
                 store.delete_registered_model_alias(d.name, "challenger")
         status = "FINISHED"
     finally:
         store.set_terminated(run_id, status)
-    told = {"model": d.name, "version": d.version, "outcome": d.outcome, "reason": d.reason}
-    log.info("registry decision", extra=told)
+    facts = {"model": d.name, "version": d.version, "outcome": d.outcome, "reason": d.reason}
+    log.info("registry decision", extra=facts)
     return d
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #9aeb38ed
+# %% ../../notebooks/3_registry/31_gates.ipynb #976a7db1
 def _decision_runs(store: MlflowClient, name: str, more: str = "") -> list:
     where, order = f"tags.model = {_quote(name)}{more}", ["attributes.start_time ASC"]
     return _pages(store.search_runs, [experiment_id(store, DECISIONS)], where, order_by=order)
@@ -561,11 +575,11 @@ def decisions(
         "at": pd.to_datetime(tag("at")), "version": number("version"), "before": number("before"),
         "outcome": [ended.get(r.info.status, "broken off") or r.data.tags["outcome"] for r in found],
         metric: score("challenger"), f"champion's {metric}": score("champion"), "reason": tag("reason"),
-        "who": tag("who"), "exam": [t[:8] for t in tag("exam")], "data": [t[:8] for t in tag("data_version")],
-        "run": tag("run_id"),
+        "who": tag("who"), "exam": [t[:8] for t in tag("exam")],
+        "data": [t[:8] for t in tag("data_version")], "run": tag("run_id"),
     })  # fmt: skip
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #163f62f0
+# %% ../../notebooks/3_registry/31_gates.ipynb #58f6804e
 def promote(
     where: int | str = "challenger",  # a version or an alias
     exam: Exam | None = None,  # None: the one frozen last for this model
@@ -579,37 +593,38 @@ def promote(
     "Make a version the champion if it passes the gate. A refused one changes nothing but the record."
     store, name = store or open_store(), name or settings.registered_model
     if force is not None and len(force.strip()) < 3:
-        raise RegistryError("To force a promotion, say why: force='the champion answers class 2 to everything'.")
+        raise RegistryError("To force a promotion, say why: force='the champion says 2 to everything'.")
     with _deciding(store, name):
         new, old = find(where, name, store=store), champion(name, store=store)
-        checks, found, of_old = [], {}, {}
         try:
             exam = exam or load_exam(name)
             checks, found, of_old = judge(new, old, exam, gate or Gate())
         except RegistryError as e:
-            checks = [Check("there is an exam", False, str(e))]
+            checks, found, of_old = [Check("there is an exam", False, str(e))], {}, {}
         if old is not None and old.version == new.version:
-            checks = [Check("is not champion yet", False, f"version {new.version} is the champion already")]
+            already = f"version {new.version} is the champion already"
+            checks = [Check("is not champion yet", False, already)]
         passed = all(c.passed for c in checks)
         if passed:
             reason = checks[-1].found if old else "every target is reached; there was no champion"
         else:
-            reason = f"forced: {force.strip()}" if force else next(c.found for c in checks if not c.passed)
+            failed = [c.found for c in checks if not c.passed]
+            reason = f"forced: {force.strip()}" if force else failed[0]
         return _carry_out(store, Decision(
-            "promote", name, new.version, old.version if old else None, passed, passed or force is not None, reason,
-            who or user(), tuple(checks), found, of_old, exam.version if exam else "",
+            "promote", name, new.version, old.version if old else None, passed, passed or bool(force),
+            reason, who or user(), tuple(checks), found, of_old, exam.version if exam else "",
             new.run.data.tags.get("data_version", ""), new.run_id,
         ))  # fmt: skip
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #04f430a6
+# %% ../../notebooks/3_registry/31_gates.ipynb #3da67c48
 def _earlier(store: MlflowClient, name: str, now: int) -> int | None:
     stack: list[int] = []
     table = decisions(name, store=store)
-    for version, outcome in zip(table.version, table.outcome):
+    for version, outcome in table[["version", "outcome"]].to_numpy().tolist():
         if outcome in ("promoted", "forced", "set by hand"):
-            stack.append(int(version))
+            stack.append(version)
         elif outcome == "rolled back":
-            while stack and stack[-1] != int(version):
+            while stack and stack[-1] != version:
                 stack.pop()
     if not stack or stack[-1] != now:
         stack.append(now)  # somebody moved the alias without us
@@ -632,12 +647,12 @@ def rollback(
             raise RegistryError(f"{name!r} has no champion to roll back from.")
         back = _earlier(store, name, now.version)
         if back is None:
-            raise RegistryError(f"Version {now.version} is the first champion of {name!r}; none was before it.")
+            raise RegistryError(f"No champion of {name!r} was before version {now.version}.")
         data = find(back, name, store=store).run.data.tags.get("data_version", "")
-        told = reason, who or user()
-        return _carry_out(store, Decision("rollback", name, back, now.version, True, True, *told, data_version=data))
+        told = name, back, now.version, True, True, reason, who or user()
+        return _carry_out(store, Decision("rollback", *told, data_version=data))
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #a65e933f
 def set_alias(
     alias: str,
     where: int | str,  # a version or another alias

@@ -56,9 +56,9 @@ from ..training.metrics import TrainingResult
 
 log = get_logger(__name__)
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #a1557662
+# %% ../../notebooks/3_registry/30_tracking.ipynb #9b415cd9
 class TrackingError(ValueError):
-    "Something cannot be recorded or read back. The message says what, with the value seen and what to do."
+    "Something cannot be recorded or read back. The message says what, the value seen and what to do."
 
 
 def empty_store() -> Path:
@@ -122,7 +122,7 @@ def log_batches(
     for k in range(max(-(-len(metrics) // 900), -(-len(told) // 100))):
         store.log_batch(run_id, metrics[900 * k : 900 * (k + 1)], told[100 * k : 100 * (k + 1)])
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #f28c0f40
+# %% ../../notebooks/3_registry/30_tracking.ipynb #d2e369f2
 class UntrustedModel(TrackingError):
     "A model file asks for code that nobody has vouched for; it was not loaded."
 
@@ -130,9 +130,10 @@ class UntrustedModel(TrackingError):
 TRUSTED = (
     "mlops_lib.registry.tracking.Vocabulary",
     *(f"mlops_lib.training.classic.{name}" for name in (
-        "FittedModel", "PriorShift", "_numeric", "_labels", "_date_parts", "_date_names", "_texts", "_shape",
-        "_shape_names", "_embed", "_embed_names",
+        "FittedModel", "PriorShift", "Ordered", "mark_negation", "_numeric", "_labels", "_date_parts",
+        "_date_names", "_texts", "_shape", "_shape_names", "_embed", "_embed_names",
     )),
+    "mlops_lib.training.boosting.EarlyStopped",
     "numpy.dtype", "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
@@ -150,25 +151,27 @@ def read_model(
     except MlflowException as e:
         raise TrackingError(f"There is no MLflow model in {folder}: {str(e).splitlines()[0]}") from None
     if stored != "skops":
-        raise UntrustedModel(f"The model in {folder} is stored as {stored!r}; only 'skops' runs no code when it is read.")
+        told = f"The model in {folder} is stored as {stored!r}; only 'skops' runs no code when read."
+        raise UntrustedModel(told)
     try:
         return skops.io.load(folder / "model.skops", trusted=list(trusted))
     except UntrustedTypesFoundException as e:
-        raise UntrustedModel(f"The model was not loaded. {str(e).splitlines()[0]} "
-                             "If you have read these and want them, pass them as trusted=[...].") from None
+        hint = "If you have read these and want them, pass them as trusted=[...]."
+        raise UntrustedModel(f"The model was not loaded. {str(e).splitlines()[0]} {hint}") from None
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #d32bdb6f
+# %% ../../notebooks/3_registry/30_tracking.ipynb #b9ba3888
 SEPARATOR = "\x1f"  # ASCII's character for this purpose
 
 
 class Vocabulary:
-    "A vectoriser's table from term to column, as one text. Making it from that text gives the plain dict."
+    "A vectoriser's table from term to column, as one text. Made from that text, it is the plain dict."
 
     __module__ = "mlops_lib.registry.tracking"  # where readers find it, also when a notebook made it
     terms: bytes
 
     def __new__(cls, terms: bytes) -> Any:
-        return {term: i for i, term in enumerate(terms.decode("utf-8", "surrogatepass").split(SEPARATOR))}
+        texts = terms.decode("utf-8", "surrogatepass").split(SEPARATOR)
+        return {text: column for column, text in enumerate(texts)}
 
     def __reduce__(self) -> tuple:
         return Vocabulary, (self.terms,)
@@ -176,23 +179,24 @@ class Vocabulary:
     @staticmethod
     def pack(table: dict) -> Any:
         "The packed table, or the table itself where it is not just a numbering of texts."
-        terms, columns = np.array([*table, None], dtype=object)[:-1], np.fromiter(table.values(), dtype=np.int64)
-        text = SEPARATOR.join(map(str, terms[np.argsort(columns)]))
-        plain = all(type(t) is str for t in terms) and bool((np.sort(columns) == np.arange(len(terms))).all())
-        if not table or not plain or text.count(SEPARATOR) != len(terms) - 1:
+        if not table or not all(type(term) is str for term in table):
+            return table
+        columns = np.fromiter(table.values(), dtype=np.int64)
+        text = SEPARATOR.join(np.array(list(table), dtype=object)[np.argsort(columns)])
+        if (np.sort(columns) != np.arange(len(table))).any() or text.count(SEPARATOR) >= len(table):
             return table
         packed = object.__new__(Vocabulary)
         packed.terms = text.encode("utf-8", "surrogatepass")
         return packed
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #9653403b
+# %% ../../notebooks/3_registry/30_tracking.ipynb #ddcb2286
 def pack(
     model: Any,  # an estimator, or something that holds one
 ) -> Any:  # the model, or a copy of it with packed vocabularies that shares everything else
     "Make a model cheap to write."
     if isinstance(model, (list, tuple)):
         parts = [pack(part) for part in model]
-        changed = any(new is not old for new, old in zip(parts, model))
+        changed = any(new is not old for new, old in zip(parts, model, strict=True))
         return type(model)(parts) if changed else model
     if not (isinstance(model, BaseEstimator) or type(model).__module__.startswith("mlops_lib.")):
         return model
@@ -236,7 +240,7 @@ def environment() -> dict[str, str]:  # name -> version
             continue
     return found
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #b7350c63
+# %% ../../notebooks/3_registry/30_tracking.ipynb #0cb57e1b
 def requirements(
     kind: str,  # of the model
 ) -> list[str]:  # pinned lines for pip
@@ -255,7 +259,7 @@ def fingerprints(
     "Name each row by its content."
     missing = [c for c in columns if c not in data]
     if missing:
-        raise TrackingError(f"There are no columns {missing} to name rows by; the frame has {list(data.columns)}.")
+        raise TrackingError(f"No columns {missing} to name rows by; the frame has {list(data.columns)}.")
     plain = {}
     for name in columns:
         column = data[name]
@@ -265,11 +269,11 @@ def fingerprints(
             plain[name] = column.astype(object).where(column.notna(), "").map(str)
     return pd.util.hash_pandas_object(pd.DataFrame(plain), index=False, categorize=False).to_numpy()
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #bcff7341
+# %% ../../notebooks/3_registry/30_tracking.ipynb #56a4e57f
 def _svg(width: float, height: float, title: str, body: list[str]) -> str:
-    open_ = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" font-family="sans-serif"'
-    head = f'<text x="{width / 2:g}" y="18" text-anchor="middle" font-size="14">{escape(title)}</text>'
-    return f'{open_} font-size="12"><rect width="100%" height="100%" fill="white"/>{head}{"".join(body)}</svg>'
+    style = f'width="{width:g}" height="{height:g}" font-family="sans-serif" font-size="12"'
+    head = f'<rect width="100%" height="100%" fill="white"/>{_text(width / 2, 18, title)}'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {style}>{head}{"".join(body)}</svg>'
 
 
 def _text(x: float, y: float, text: object, anchor: str = "middle", ink: str = "black") -> str:
@@ -290,12 +294,14 @@ def confusion_svg(
     middle = [size * k + size / 2 for k in range(len(table))]
     body = [_text(left + size * len(table) / 2, 36, "predicted")]
     for i, label in enumerate(table.index):
-        body += [_text(left - 6, top + middle[i] + 4, f"true {label}", "end"), _text(left + middle[i], top - 6, label)]
+        body.append(_text(left - 6, top + middle[i] + 4, f"true {label}", "end"))
+        body.append(_text(left + middle[i], top - 6, label))
         for j, count in enumerate(table.iloc[i]):
             body.append(_box(left + size * j, top + size * i, size, size, share[i, j]))
             ink = "white" if share[i, j] > 0.55 else "black"
             body.append(_text(left + middle[j], top + middle[i] + 4, f"{count:,}", ink=ink))
-    return _svg(left + size * len(table) + 20, top + size * len(table) + 16, "Confusion on the test rows", body)
+    width, height = left + size * len(table) + 20, top + size * len(table) + 16
+    return _svg(width, height, "Confusion on the test rows", body)
 
 # %% ../../notebooks/3_registry/30_tracking.ipynb #13a04445
 def bars_svg(
@@ -312,7 +318,7 @@ def bars_svg(
         body.append(_text(left + length + 5, y + 12, f"{value:.3g}", "start"))
     return _svg(left + 330, 40 + 20 * len(values), title, body)
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #0aa7b790
+# %% ../../notebooks/3_registry/30_tracking.ipynb #3a7bd22e
 def save_model(
     result: TrainingResult,
     folder: Path,  # must not exist
@@ -323,7 +329,7 @@ def save_model(
     if data is not None:
         example = data.iloc[result.test_index[:3]][result.features]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "integers cannot be missing": that check is wanted
+            warnings.simplefilter("ignore", UserWarning)  # "integers cannot be missing": a wanted check
             known = {"signature": infer_signature(example, result.y_pred[:3]), "input_example": example}
     try:
         mlflow.sklearn.save_model(
@@ -332,13 +338,13 @@ def save_model(
         )  # fmt: skip
     except MlflowException as e:
         shutil.rmtree(folder, ignore_errors=True)
-        why = str(e.__cause__ or e).splitlines()[0]
+        why = str(e.__cause__ or e).rpartition("Root error: ")[2].splitlines()[0]
         raise TrackingError(
-            f"A model of kind {result.kind!r} cannot be saved without pickle: {why} Use functions and classes of an "
-            "installed module, and add their names to TRUSTED (lesson 30) once you have read what they do."
+            f"A model of kind {result.kind!r} cannot be saved without pickle: {why} Use functions and "
+            "classes of an installed module, and add them to TRUSTED (lesson 30) after reading them."
         ) from e
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #41233464
+# %% ../../notebooks/3_registry/30_tracking.ipynb #00ca1b59
 def safe_name(
     name: str,  # of a metric or parameter
 ) -> str:  # the name with only those characters that MLflow accepts
@@ -359,11 +365,12 @@ def flatten(
             flat[safe_name(f"{prefix}{name}")] = str(value)[:6000]
     return flat
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #b236d174
 def _params(result: TrainingResult) -> dict[str, str]:
     last = getattr(result.model, "pipeline", [None])[-1]
     own = last.get_params() if hasattr(last, "get_params") else {}  # those left at their default
-    plain = {k.rpartition("__")[2]: v for k, v in own.items() if v is None or isinstance(v, (str, float, int))}
+    simple = (str, float, int, type(None))
+    plain = {name.rpartition("__")[2]: value for name, value in own.items() if isinstance(value, simple)}
     return flatten({**plain, **result.params, "seed": result.seed})
 
 
@@ -374,10 +381,11 @@ def _metrics(result: TrainingResult) -> list[Metric]:
     named |= {f"target_{name}": value for name, value in result.targets.items()}
     points = [Metric(safe_name(name), float(value), now, 0) for name, value in named.items()]
     for name, curve in result.history.items():
-        points += [Metric(safe_name(f"curve_{name}"), float(v), now, step) for step, v in enumerate(curve)]
+        key = safe_name(f"curve_{name}")
+        points += [Metric(key, float(value), now, step) for step, value in enumerate(curve)]
     return points
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #2f350848
+# %% ../../notebooks/3_registry/30_tracking.ipynb #e90ea691
 def user() -> str:
     "Who is doing this; a container may have no names."
     try:
@@ -390,9 +398,10 @@ def _tags(result: TrainingResult, more: Mapping[str, str] | None) -> dict[str, s
     code = git_version()
     tags = {
         "kind": result.kind, "task": result.task, "target": result.target, "split": result.split,
-        "data_version": result.data_version, "targets_met": f"{sum(result.met.values())} of {len(result.met)}",
-        "python": platform.python_version(), "git_dirty": code.get("dirty", "unknown"),
-        "mlflow.source.git.commit": code.get("commit", "unknown"), "mlflow.user": user(),
+        "data_version": result.data_version, "python": platform.python_version(), "mlflow.user": user(),
+        "targets_met": f"{sum(result.met.values())} of {len(result.met)}",
+        "mlflow.source.git.commit": code.get("commit", "unknown"),
+        "git_dirty": code.get("dirty", "unknown"),
     }  # fmt: skip
     return tags | {name: str(value) for name, value in (more or {}).items()}
 
@@ -403,16 +412,17 @@ def _training_rows(result: TrainingResult, data: pd.DataFrame) -> np.ndarray:
         fits = bool((data[result.target].to_numpy()[result.test_index] == result.y_true).all())
     if not fits:
         raise TrackingError(
-            f"These {len(data):,} rows with the columns {list(data.columns)} are not what the model was trained on: "
-            "its test rows or its columns are not there. Pass the frame that train() was given."
+            f"These {len(data):,} rows with the columns {list(data.columns)} are not what the model was "
+            "trained on: its test rows or columns are not there. Pass the frame that train() was given."
         )
     train = np.setdiff1d(np.arange(len(data)), result.test_index)
     return np.unique(fingerprints(data.iloc[train], result.features))
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #44974a36
+# %% ../../notebooks/3_registry/30_tracking.ipynb #413f28ab
 def _write_report(result: TrainingResult, folder: Path, data: pd.DataFrame | None) -> None:
     folder.mkdir()
-    told: dict[str, Any] = {name: getattr(result, name) for name in ("targets", "met", "margins", "features", "classes")}
+    facts = ("targets", "met", "margins", "features", "classes")
+    told: dict[str, Any] = {name: getattr(result, name) for name in facts}
     if result.classes:
         table = result.confusion
         told["confusion"] = table.to_numpy().tolist()
@@ -436,21 +446,22 @@ def experiment_id(
     if store.tracking_uri.startswith("sqlite:///"):
         database = Path(store.tracking_uri.removeprefix("sqlite:///")).resolve()
         place = (database.parent / "mlartifacts").as_uri()
-    if store.get_experiment_by_name(name) is None:
+    found = store.get_experiment_by_name(name)
+    if found is None:
         try:
             return store.create_experiment(name, artifact_location=place)
         except MlflowException as e:
             if e.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
                 raise
-    found = store.get_experiment_by_name(name)
+        return experiment_id(store, name)
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(f"Experiment {name!r} was deleted; restore it with `mlflow experiments restore`.")
+        raise TrackingError(f"Experiment {name!r} was deleted; restore it: mlflow experiments restore.")
     return found.experiment_id
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #16ed1ba6
+# %% ../../notebooks/3_registry/30_tracking.ipynb #5ec3a84f
 def log_run(
     result: TrainingResult,  # of train()
-    data: pd.DataFrame | None = None,  # the frame it was trained on: gives signature, example, fingerprints
+    data: pd.DataFrame | None = None,  # what it was trained on: gives signature, example, fingerprints
     *,
     experiment: str | None = None,  # None: settings.mlflow_experiment
     name: str | None = None,  # of the run; None: the kind
@@ -464,8 +475,8 @@ def log_run(
         _write_report(result, report, data)
         save_model(result, model, data)
         where = experiment_id(store, experiment or settings.mlflow_experiment)
-        run_id = store.create_run(where, run_name=name or result.kind, tags=_tags(result, tags)).info.run_id
-        status = "FAILED"
+        run = store.create_run(where, run_name=name or result.kind, tags=_tags(result, tags))
+        run_id, status = run.info.run_id, "FAILED"
         try:
             log_batches(store, run_id, _metrics(result), _params(result))
             store.log_artifacts(run_id, str(report))
@@ -505,7 +516,7 @@ def runs(
         table[name] = [r.data.metrics.get(key, r.data.params.get(key)) for r in found]
     return table
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #36579fee
+# %% ../../notebooks/3_registry/30_tracking.ipynb #126a0d7c
 def register(
     run_id: str,  # of log_run
     name: str | None = None,  # of the registered model; None: settings.registered_model
@@ -517,21 +528,23 @@ def register(
     run = _run(store, run_id)
     models = run.outputs.model_outputs if run.outputs else []
     if run.info.status != "FINISHED" or not models:
-        raise TrackingError(f"Run {run_id} is {run.info.status} with {len(models)} models; a finished run with one is needed.")
+        state = f"Run {run_id} is {run.info.status} and has {len(models)} models"
+        raise TrackingError(f"{state}; only a finished run with a model is registered.")
     model = store.get_logged_model(models[0].model_id)
     told = {"kind": run.data.tags.get("kind", ""), "data_version": run.data.tags.get("data_version", "")}
-    source = {"source": model.artifact_location, "run_id": run_id, "model_id": model.model_id, "tags": told}
+    source: Any = {"source": model.artifact_location, "run_id": run_id, "model_id": model.model_id}
+    source |= {"tags": told, "await_creation_for": 0}
     try:
-        made = store.create_model_version(name, await_creation_for=0, **source)
+        made = store.create_model_version(name, **source)
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         _first_of(store, name)
-        made = store.create_model_version(name, await_creation_for=0, **source)
+        made = store.create_model_version(name, **source)
     store.set_registered_model_alias(name, "challenger", str(made.version))
     return int(made.version)
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #03240914
 def _first_of(store: MlflowClient, name: str) -> None:
     try:
         store.create_registered_model(name)
@@ -546,7 +559,7 @@ def _run(store: MlflowClient, run_id: str) -> Any:
     except MlflowException:
         raise TrackingError(f"There is no run {run_id!r} in {mask(store.tracking_uri)}.") from None
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #4e07778c
+# %% ../../notebooks/3_registry/30_tracking.ipynb #47db1d07
 def model_uri(
     where: str,  # a run's id, "name/3" or "name@champion"
     store: MlflowClient,
@@ -560,13 +573,14 @@ def model_uri(
             name, _, version = where.rpartition("/")
             return store.get_model_version_download_uri(name, version)
     except MlflowException as e:
-        raise TrackingError(f"There is no model {where!r} in {mask(store.tracking_uri)}: {e.message}") from None
+        told = f"There is no model {where!r} in {mask(store.tracking_uri)}: {e.message}"
+        raise TrackingError(told) from None
     models = _run(store, where).outputs
     if not models or not models.model_outputs:
         raise TrackingError(f"Run {where} kept no model.")
     return store.get_logged_model(models.model_outputs[0].model_id).artifact_location
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #d8aa0f87
 def load_model(
     where: str,  # a run's id, "name/3" or "name@champion"
     *,
@@ -579,7 +593,8 @@ def load_model(
     with tempfile.TemporaryDirectory() as folder:
         copy_to = None if uri.startswith("file:") else folder  # a local folder is read in place
         try:
-            found = mlflow.artifacts.download_artifacts(uri, dst_path=copy_to, tracking_uri=store.tracking_uri)
+            found = mlflow.artifacts.download_artifacts(uri, None, None, copy_to, store.tracking_uri)
         except (MlflowException, OSError) as e:
-            raise TrackingError(f"The files of {where!r} are not at {mask(uri)}: {str(e).splitlines()[0]}") from None
+            told = f"The files of {where!r} are not at {mask(uri)}: {str(e).splitlines()[0]}"
+            raise TrackingError(told) from None
         return read_model(Path(found), trusted)

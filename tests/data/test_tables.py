@@ -81,7 +81,8 @@ def test_quarantine_keeps_line_number_reason_and_row(tmp_path):
     assert reasons[4] == "stars: 'five' is not a number"
     assert "not a JSON object" in reasons[5]
     kept = Path(frame.attrs["quarantine_file"]).read_text(encoding="utf-8")
-    assert '{\\"review_id\\": \\"r2\\",' in kept and "Fine." in kept, "the rows themselves are kept"
+    assert '{\\"review_id\\": \\"r2\\",' in kept, "the broken line itself is kept"
+    assert "Fine." in kept, "and so is the row of a wrong type"
 
 
 def test_a_broken_line_in_a_later_batch(tmp_path):
@@ -178,7 +179,8 @@ def test_unknown_columns_and_repeated_ids_are_reported(tmp_path):
     frame = load_reviews(path)
     assert frame.attrs["unknown_columns"] == ["mood"]
     assert "mood" not in frame
-    assert frame.attrs["repeated_ids"] == 2 and len(frame) == 4, "repeated rows are kept"
+    assert frame.attrs["repeated_ids"] == 2
+    assert len(frame) == 4, "repeated rows are kept"
 
 
 def test_loading_again_writes_the_same_quarantine(tmp_path):

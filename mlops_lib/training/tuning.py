@@ -377,7 +377,7 @@ def final_fit(
 
     return m.train_with(for_any_task, kind, params=dict(params), **vars(problem), **options)
 
-# %% ../../notebooks/2_training/25_tuning.ipynb #8efe40ae
+# %% ../../notebooks/2_training/25_tuning.ipynb #f6d7959b
 def tune(
     kind: str,  # a kind of model
     data: pd.DataFrame,  # all rows: features and target
@@ -406,9 +406,9 @@ def tune(
         return _value(score_fold(seen, fit, kind, fixed | chosen, *cuts[fold])[0], metric)
 
     usual = float(np.mean([score({}, fold) for fold in range(len(cuts))]))
-    how: Any = {"trials": trials, "folds": len(cuts), "prune": prune, "seed": problem.seed, "storage": storage}
-    how |= {"name": _name(kind, seen, fixed, space, metric, prune), "higher_is_better": _sign(metric) > 0}
-    study = search(score, space, **how)
+    how: Any = {"trials": trials, "folds": len(cuts), "prune": prune, "seed": problem.seed}
+    how |= {"storage": storage, "name": _name(kind, seen, fixed, space, metric, prune)}
+    study = search(score, space, **how, higher_is_better=_sign(metric) > 0)
     better = _sign(metric) * (study.best_value - usual) > 0
     best, reached = (study.best_params, study.best_value) if better else ({}, usual)
     tuned, default = (final_fit(problem, fit, kind, fixed | chosen, **last) for chosen in (best, {}))

@@ -109,6 +109,21 @@ def _carve(y: np.ndarray, share: float, seed: int, classify: bool) -> tuple[np.n
         )
     return tuple(train_test_split(rows, test_size=share, random_state=seed, stratify=y))
 
+# %% ../../notebooks/2_training/22_boosting.ipynb #2ac788d2
+def _settings(kind: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+    chosen = {**TEXT_DEFAULTS, "chars": 0, "text_components": 60, **DEFAULTS, **(params or {})}
+    for name in chosen.keys() - TEXT_DEFAULTS.keys() - DEFAULTS.keys():
+        known = [*DEFAULTS, *TEXT_DEFAULTS]
+        close = difflib.get_close_matches(name, known, n=1) or known
+        raise BoostingError(f"{kind!r} has no setting {name!r}. Nearest: {', '.join(close)}.")
+    bounds = {"rounds": (1, 1e6), "patience": (1, 1e6), "validation": (0.01, 0.5), "max_depth": (1, 64)}
+    for name, (low, high) in bounds.items():
+        if not low <= chosen[name] <= high:
+            raise BoostingError(f"{name} must be between {low:g} and {high:g}, got {chosen[name]!r}.")
+    if chosen["balance"] not in (None, "weights"):
+        raise BoostingError(f"balance is None or 'weights', got {chosen['balance']!r}.")
+    return chosen
+
 # %% ../../notebooks/2_training/22_boosting.ipynb #d0e8f3bc
 def fit_boosting(
     kind: str,  # "xgboost"
@@ -120,11 +135,9 @@ def fit_boosting(
     seed: int = settings.seed,
 ) -> FittedModel:  # its .history holds the loss after each tree
     "Fit boosted trees on training rows; raises BoostingError for rows or settings that cannot be used."
-    chosen = {**TEXT_DEFAULTS, "chars": 0, "text_components": 60, **DEFAULTS, **(params or {})}
-    for name in chosen.keys() - TEXT_DEFAULTS.keys() - DEFAULTS.keys():
-        known = [*DEFAULTS, *TEXT_DEFAULTS]
-        close = difflib.get_close_matches(name, known, n=1) or known
-        raise BoostingError(f"{kind!r} has no setting {name!r}. Nearest: {', '.join(close)}.")
+    chosen = _settings(kind, params)
+    if task == "regression" and np.isinf(y.to_numpy(float)).any():
+        raise BoostingError(f"The target is infinite in {np.isinf(y.to_numpy(float)).sum()} rows; remove them.")
     if len(data) == 0 or y.isna().any() or y.nunique() < 2:
         raise BoostingError(
             f"{kind!r} cannot be trained on {len(data)} rows whose target has {y.isna().sum()} missing "
@@ -138,7 +151,12 @@ def fit_boosting(
         )
     model = EarlyStopped(task, seed, **{k: v for k, v in chosen.items() if k in DEFAULTS})
     features = make_features({c: roles[c] for c in used}, chosen, len(data), task)
-    pipeline = Pipeline([("features", features), ("model", model)]).fit(data[used], y)
+    try:
+        pipeline = Pipeline([("features", features), ("model", model)]).fit(data[used], y)
+    except ValueError as e:
+        if "empty vocabulary" in str(e) or "no terms remain" in str(e):
+            raise BoostingError(f"No word occurs in two of the {len(data)} texts; set min_df=1.") from None
+        raise
     settled = {**chosen, "seed": seed, "trees": model.model_.best_iteration + 1}
     classes = model.classes_.tolist() if task == "classification" else None
     return FittedModel(pipeline, used, task, classes, settled, roles, model.history_)

@@ -234,3 +234,20 @@ def test_plot_history_shows_both_losses_and_where_it_stopped(fitted):
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["train", "validation", f"kept: {fitted.params['trees']} trees"]
     assert len(ax.lines[1].get_xdata()) == len(fitted.history["validation"])
+
+
+@pytest.mark.parametrize(
+    "params", [{"rounds": 0}, {"validation": 1.5}, {"max_depth": -1}, {"balance": "under"}], ids=lambda p: next(iter(p))
+)
+def test_settings_outside_their_range_are_named(params: dict) -> None:
+    data = pd.DataFrame({"x": np.arange(40.0)})
+    name, value = next(iter(params.items()))
+    with pytest.raises(BoostingError, match=name) as e:
+        fit_boosting("xgboost", data, data["x"] > 20, params=params)
+    assert repr(value) in str(e.value)
+
+
+def test_an_infinite_target_is_refused() -> None:
+    data = pd.DataFrame({"x": np.arange(40.0)})
+    with pytest.raises(BoostingError, match="infinite in 1 rows"):
+        fit_boosting("xgboost", data, data["x"].replace(3.0, np.inf), task="regression")

@@ -356,7 +356,7 @@ class Comparison:
         tests = f"{escape(str(self))}<br>{right}, McNemar p = {self.p_accuracy:.3f}"
         return f"<p>{about}<br>{tests}</p>{self.metrics.round(3).to_html()}"
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #a4253a3d
+# %% ../../notebooks/3_registry/31_gates.ipynb #fcb88bad
 def compare(
     new: int | str | Version = "challenger",  # a version or an alias
     old: int | str | Version = "champion",
@@ -384,9 +384,11 @@ def compare(
     sign = -1 if metric in LOWER_IS_BETTER else 1
     counts = int(fair.sum()), int((~fair).sum())
     difference, redrawn = sign * (b[2][metric] - a[2][metric]), _differences(truth, a, b, metric, new)
-    test: Any = mcnemar(truth, a[0], b[0])
-    who: Any = new.name, old.version, new.version, exam.version
-    return Comparison(*who, *counts, metric, table, difference, redrawn, *test)
+    only_old, only_new, p = mcnemar(truth, a[0], b[0])
+    return Comparison(
+        new.name, old.version, new.version, exam.version, *counts, metric, table, difference, redrawn,
+        only_old, only_new, p,
+    )  # fmt: skip
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #b3b37bbd
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def log_batches(
     for k in range(max(-(-len(metrics) // 900), -(-len(told) // 100))):
         store.log_batch(run_id, metrics[900 * k : 900 * (k + 1)], told[100 * k : 100 * (k + 1)])
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #d2e369f2
+# %% ../../notebooks/3_registry/30_tracking.ipynb #925cc2d8
 class UntrustedModel(TrackingError):
     "A model file asks for code that nobody has vouched for; it was not loaded."
 
@@ -130,11 +130,12 @@ class UntrustedModel(TrackingError):
 TRUSTED = (
     "mlops_lib.registry.tracking.Vocabulary",
     *(f"mlops_lib.training.classic.{name}" for name in (
-        "FittedModel", "PriorShift", "Ordered", "mark_negation", "_numeric", "_labels", "_date_parts",
-        "_date_names", "_texts", "_shape", "_shape_names", "_embed", "_embed_names",
+        "FittedModel", "PriorShift", "Ordered", "mark_negation", "_third", "_numeric", "_labels",
+        "_date_parts", "_date_names", "_texts", "_shape", "_shape_names", "_embed", "_embed_names",
     )),
     "mlops_lib.training.boosting.EarlyStopped",
-    "numpy.dtype", "sklearn.tree._tree.Tree",
+    "functools.partial",  # of a function that has to be on this list itself
+    "numpy.dtype", "sklearn.model_selection._split.StratifiedKFold", "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
     "xgboost.core.Booster", "xgboost.sklearn.XGBClassifier", "xgboost.sklearn.XGBRegressor",

@@ -8,11 +8,12 @@ __all__ = ['BLANK', 'HIGH', 'DATE_PARTS', 'SHAPE', 'NEGATION', 'TEXT_DEFAULTS', 
            'best_weights', 'PriorShift', 'resample', 'Kind', 'resolve_params', 'build_pipeline', 'check_frame',
            'FittedModel', 'fit_classic', 'inbox_features', 'grid_search', 'Clusters', 'cluster_texts']
 
-# %% ../../notebooks/2_training/21_classic.ipynb #55f93aee
+# %% ../../notebooks/2_training/21_classic.ipynb #9b2f347b
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,8 @@ def column_roles(
             roles[name] = "ignored"
     return roles
 
-# %% ../../notebooks/2_training/21_classic.ipynb #13d8b4d8
-DATE_PARTS = ("year", "month", "dayofweek", "hour")
+# %% ../../notebooks/2_training/21_classic.ipynb #1db07388
+DATE_PARTS = ("year", "month", "day_of_week", "hour")
 SHAPE = ("characters", "words", "exclamations", "questions", "capitals")
 
 
@@ -141,6 +142,11 @@ def mark_negation(
     return NEGATION.sub(mark, text)
 
 
+def _third(text: str, part: int) -> str:
+    words = mark_negation(text).split()
+    return " ".join(words[len(words) * part // 3 : len(words) * (part + 1) // 3])
+
+
 def _shape(texts: np.ndarray) -> np.ndarray:
     counts = [[len(t), len(t.split()), t.count("!"), t.count("?"), sum(map(str.isupper, t))] for t in texts]
     size = np.array(counts, dtype=float).reshape(len(texts), len(SHAPE))
@@ -161,12 +167,13 @@ def _embed(texts: np.ndarray) -> np.ndarray:
 def _embed_names(_: Any, names: Sequence[str]) -> list[str]:
     return [f"e{i}" for i in range(384)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #4678b234
+# %% ../../notebooks/2_training/21_classic.ipynb #1800788d
 TEXT_DEFAULTS: dict[str, Any] = {
     "words": 2,  # longest run of words that is a feature; 0: no words
     "chars": 4,  # longest run of characters within a word, from three; 0: none
     "embedding": 0.0,  # weight of the sentence embedding; 0: none
     "negation": True,  # mark the words that follow a negation
+    "thirds": True,  # words of the beginning, the middle and the end once more, apart
     "min_df": 2,  # texts that a word must occur in
     "max_features": 30_000,  # of words, and of character runs
     "text_components": 0,  # reduce a text's features to this many; 0: keep all
@@ -189,6 +196,10 @@ def text_features(
     if params["words"]:
         mark = mark_negation if params["negation"] else None
         parts.append(("words", TfidfVectorizer(ngram_range=(1, params["words"]), preprocessor=mark, **common)))
+    if params["words"] and params["thirds"]:
+        for k, name in enumerate(("start", "middle", "end")):
+            parts.append((name, TfidfVectorizer(preprocessor=partial(_third, part=k), **common)))
+            weights[name] = 0.6
     if params["chars"]:
         parts.append(("chars", TfidfVectorizer(analyzer="char_wb", ngram_range=(3, max(3, params["chars"])), **common)))
     if params["embedding"]:
@@ -200,7 +211,7 @@ def text_features(
         steps.append(("reduce", TruncatedSVD(min(params["text_components"], rows - 1), random_state=0)))
     return Pipeline(steps)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #c5543ab1
+# %% ../../notebooks/2_training/21_classic.ipynb #3057bbf4
 def make_features(
     roles: Mapping[str, str],  # from `column_roles`
     params: Mapping[str, Any],
@@ -217,7 +228,8 @@ def make_features(
 
     median = SimpleImputer(strategy="median", add_indicator=True)
     onehot = OneHotEncoder(handle_unknown="infrequent_if_exist", min_frequency=2, dtype=np.float32)
-    means = TargetEncoder(target_type="continuous" if task == "regression" else "auto", random_state=0)
+    folds = (KFold if task == "regression" else StratifiedKFold)(5, shuffle=True, random_state=0)
+    means = TargetEncoder(target_type="continuous" if task == "regression" else "auto", cv=folds)
     same = {"feature_names_out": "one-to-one"}
     blocks = {
         "number": block(FunctionTransformer(_numeric, **same), median, scaler),
@@ -255,7 +267,7 @@ class Ordered(ClassifierMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #f3168814
+# %% ../../notebooks/2_training/21_classic.ipynb #ff593497
 def best_weights(
     y: np.ndarray,  # true labels
     proba: np.ndarray,  # of rows that the model was not fitted on, a column for each class
@@ -270,7 +282,7 @@ def best_weights(
         f1 = 2 * np.diag(table) / np.maximum(table.sum(axis=0) + rows, 1)
         return float(f1 @ rows / rows.sum() + f1.mean())
 
-    weights, factors = np.ones(n), np.geomspace(0.4, 5, 23)
+    weights, factors = np.ones(n), np.geomspace(0.4, 4, 15)
     for _ in range(3):
         for k in range(n):
             options = [weights * np.where(np.arange(n) == k, f, 1) for f in (1.0, *factors)]
@@ -291,7 +303,9 @@ class PriorShift(ClassifierMixin, BaseEstimator):
         if (folds := min(self.folds, int(counts.min()))) > 1:
             cv = StratifiedKFold(folds, shuffle=True, random_state=self.seed)
             proba = cross_val_predict(clone(self.base), X, y, cv=cv, method="predict_proba")
-            self.weights_ = best_weights(y, proba, self.classes_)
+            draws = np.random.default_rng(self.seed).integers(len(y), size=(10, len(y)))  # resamples: a steadier choice
+            found = [best_weights(y[rows], proba[rows], self.classes_) for rows in draws]
+            self.weights_ = np.exp(np.mean(np.log(found), axis=0))
         self.base_ = clone(self.base).fit(X, y)
         return self
 
@@ -354,7 +368,7 @@ def _logistic(task: str, seed: int) -> Any:
 def _svm(task: str, seed: int) -> Any:
     return CalibratedClassifierCV(LinearSVC(C=0.2, random_state=seed), ensemble=False, cv=3)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #c410066e
+# %% ../../notebooks/2_training/21_classic.ipynb #572df273
 BOTH = ("classification", "regression")
 KINDS: dict[str, Kind] = {
     "baseline": Kind(_baseline, BOTH, defaults={"shift": False, "words": 1, "chars": 0}),
@@ -365,7 +379,7 @@ KINDS: dict[str, Kind] = {
     "forest": Kind(_forest, BOTH, dense=True),
     "histgb": Kind(_histgb, BOTH, dense=True),
     "embedding_logistic": Kind(_logistic, defaults={"words": 0, "chars": 0, "embedding": 5.0}),
-    "hybrid": Kind(lambda task, seed: Ordered(), defaults={"embedding": 0.7}),
+    "hybrid": Kind(lambda task, seed: Ordered(), defaults={"embedding": 0.5}),
     "ridge": Kind(lambda task, seed: Ridge(random_state=seed), ("regression",)),
     "forest_regressor": Kind(_forest, ("regression",), dense=True),
     "histgb_regressor": Kind(_histgb, ("regression",), dense=True),
@@ -564,7 +578,7 @@ def grid_search(
     with threadpool_limits(1, user_api="blas"):
         return search.fit(data[list(roles)], y)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #79e7be96
+# %% ../../notebooks/2_training/21_classic.ipynb #c1585610
 @dataclass(frozen=True)
 class Clusters:
     "Groups of similar messages."
@@ -593,7 +607,7 @@ def cluster_texts(
     reduce = TruncatedSVD(min(50, matrix.shape[1] - 1), random_state=seed)
     points = Normalizer().fit_transform(reduce.fit_transform(matrix))
     found = {n: KMeans(n, n_init=3, random_state=seed).fit_predict(points) for n in numbers}
-    sample = dict(sample_size=min(len(texts), 1500), random_state=seed)
+    sample: dict[str, Any] = {"sample_size": min(len(texts), 1500), "random_state": seed}
     tried = {n: float(silhouette_score(points, labels, **sample)) for n, labels in found.items()}
     best = max(tried, key=lambda n: tried[n])
     labels, names = found[best], vectoriser.get_feature_names_out()

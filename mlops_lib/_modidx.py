@@ -720,6 +720,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'mlops_lib/training/boosting.py'),
                                              'mlops_lib.training.boosting._carve': ( '2_training/boosting.html#_carve',
                                                                                      'mlops_lib/training/boosting.py'),
+                                             'mlops_lib.training.boosting._settings': ( '2_training/boosting.html#_settings',
+                                                                                        'mlops_lib/training/boosting.py'),
                                              'mlops_lib.training.boosting.fit_boosting': ( '2_training/boosting.html#fit_boosting',
                                                                                            'mlops_lib/training/boosting.py'),
                                              'mlops_lib.training.boosting.plot_history': ( '2_training/boosting.html#plot_history',

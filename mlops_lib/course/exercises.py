@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from ..logs import get_logger
 
 log = get_logger(__name__)
@@ -104,6 +102,7 @@ def run_graded(
     timeout: int = 60,  # seconds a cell may take
 ) -> list[Graded]:
     "Run a notebook in a fresh kernel, going on after errors, and tell how each graded cell ended."
+    import nbformat  # two seconds to import, which every exercise would pay
     from nbclient import NotebookClient
 
     from mlops_lib.course.pipeline import ipc_config

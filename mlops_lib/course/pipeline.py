@@ -24,7 +24,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from ..settings import find_root, settings
@@ -182,6 +181,7 @@ OFFLINE = {
 
 
 def _engine() -> type:
+    from nbformat.v4 import new_output
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
@@ -206,7 +206,7 @@ def _engine() -> type:
                 if self.printed[cell_index] > self.limits.output:
                     if before <= self.limits.output:
                         note = f"\n[output cut here: this cell printed more than {self.limits.output:,} bytes]\n"
-                        cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=note))
+                        cell.outputs.append(new_output("stream", name="stderr", text=note))
                     return None
             return super().process_message(msg, cell, cell_index)
 
@@ -237,7 +237,7 @@ class Outcome:
 
 
 def read_headline(
-    notebook: nbformat.NotebookNode,  # executed
+    notebook: Any,  # executed, as nbformat reads it
 ) -> str:  # e.g. "weighted F1 0.81", or "" where there is none
     "Read the result of the cell tagged `headline`."
     for cell in notebook.cells:
@@ -278,6 +278,7 @@ def run_lesson(
     on_cell: Callable[[int, int], None] = lambda done, total: None,  # told before each cell
 ) -> Outcome:  # never raises for what the lesson does wrong
     "Execute one lesson in a fresh kernel; writes NAME.ipynb and NAME.html into `out` when it has ended."
+    import nbformat
     import papermill
     from papermill.engines import papermill_engines
 
@@ -316,7 +317,7 @@ def run_lesson(
     return Outcome(lesson.name, lesson.title, status, seconds, headline, error, traceback)
 
 
-def _write_html(notebook: nbformat.NotebookNode, path: Path) -> None:
+def _write_html(notebook: Any, path: Path) -> None:
     from nbconvert import HTMLExporter
 
     path.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")

@@ -28,7 +28,7 @@ lint: $(READY)
 	ruff check .
 	mypy
 	lint-imports
-	bandit --quiet --recursive mlops_lib --severity-level medium
+	bandit --quiet --configfile pyproject.toml --recursive mlops_lib --severity-level medium
 
 lock: $(READY)  ## write what is installed to constraints.txt
 	pip freeze --all --exclude-editable | sed -E 's/\+cpu//' | grep -viE '^(mlops_lib|-e )' > constraints.txt

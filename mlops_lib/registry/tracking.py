@@ -122,7 +122,7 @@ def log_batches(
     for k in range(max(-(-len(metrics) // 900), -(-len(told) // 100))):
         store.log_batch(run_id, metrics[900 * k : 900 * (k + 1)], told[100 * k : 100 * (k + 1)])
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #925cc2d8
+# %% ../../notebooks/3_registry/30_tracking.ipynb #5ae89aef
 class UntrustedModel(TrackingError):
     "A model file asks for code that nobody has vouched for; it was not loaded."
 
@@ -135,7 +135,8 @@ TRUSTED = (
     )),
     "mlops_lib.training.boosting.EarlyStopped",
     "functools.partial",  # of a function that has to be on this list itself
-    "numpy.dtype", "sklearn.model_selection._split.StratifiedKFold", "sklearn.tree._tree.Tree",
+    "numpy.dtype", "sklearn.model_selection._split.KFold", "sklearn.model_selection._split.StratifiedKFold",
+    "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
     "xgboost.core.Booster", "xgboost.sklearn.XGBClassifier", "xgboost.sklearn.XGBRegressor",

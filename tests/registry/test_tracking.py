@@ -103,7 +103,8 @@ def test_a_store_is_made_once_and_writes_ahead(tmp_path):
 def test_artifacts_lie_beside_the_database(store, result, data, tmp_path):
     log_run(result, data, store=store)
     assert (tmp_path / "mlartifacts").is_dir()
-    assert not Path("mlruns").exists() and not Path("mlflow.db").exists(), "nothing is left in the working folder"
+    left = [name for name in ("mlruns", "mlflow.db") if Path(name).exists()]
+    assert not left, "nothing is left in the working folder"
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -246,7 +247,8 @@ def test_packing_shares_everything_but_the_path_and_leaves_the_model_alone():
     union = FeatureUnion([("a", TfidfVectorizer(max_features=50)), ("b", CountVectorizer(analyzer="char"))])
     model = make_pipeline(union, LogisticRegression()).fit([f"{w} {v}" for w in WORDS for v in WORDS], [0, 1] * 128)
     small = pack(model)
-    assert small is not model and small[-1] is model[-1], "the classifier was not copied"
+    assert small is not model
+    assert small[-1] is model[-1], "the classifier was not copied"
     assert type(model[0].transformer_list[0][1].vocabulary_) is dict
     forest = make_pipeline(LogisticRegression())
     assert pack(forest) is forest, "nothing to pack, nothing copied"
@@ -264,9 +266,10 @@ def can_do(kind: str, target: str) -> bool:
 def test_every_kind_is_saved_without_pickle_and_comes_back(kind, tmp_path):
     if kind in ("hybrid", "embedding_logistic"):
         pytest.importorskip("onnxruntime")
-    rows = table()
+    rows = table(160)
     for target, other in (("answer", "value"), ("value", "answer")):
-        small = {"n_estimators": 8} if "forest" in kind or kind == "xgboost" else None
+        small = {"n_estimators": 8} if "forest" in kind or kind == "xgboost" else {}
+        small |= {"shift": False} if target == "answer" and kind in classic.KINDS else {}
         if not can_do(kind, target):
             continue
         done = train(kind, rows.drop(columns=other), target, targets={}, params=small)

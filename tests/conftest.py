@@ -9,5 +9,7 @@ os.environ["MLOPS_DATA_DIR"] = f"{_folder.name}/data"
 os.environ["MLOPS_RUNS_DIR"] = f"{_folder.name}/runs"
 os.environ["MLOPS_MLFLOW_TRACKING_URI"] = f"sqlite:///{_folder.name}/mlflow.db"
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tables are small: several threads wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")

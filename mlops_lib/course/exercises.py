@@ -9,6 +9,7 @@ __all__ = ['log', 'STUB', 'KIND', 'HiddenTestError', 'hidden_test', 'release', '
 # %% ../../notebooks/9_course/93_exercises.ipynb #50ea1db1
 import builtins
 import json
+import os
 import shutil
 import tempfile
 import types
@@ -105,15 +106,14 @@ def run_graded(
     import nbformat  # two seconds to import, which every exercise would pay
     from nbclient import NotebookClient
 
-    from mlops_lib.course.pipeline import ipc_config
+    from mlops_lib.course.pipeline import ENVIRONMENT, ipc_config
 
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(cwd)}}
     with tempfile.TemporaryDirectory(prefix="mlops-") as sockets:
         config = ipc_config(Path(sockets))
-        NotebookClient(
-            notebook, timeout=timeout, allow_errors=True, resources=where, config=config
-        ).execute()
+        client = NotebookClient(notebook, timeout=timeout, allow_errors=True, resources=where, config=config)
+        client.execute(env=os.environ | ENVIRONMENT)
     graded = []
     for cell in notebook.cells:
         meta = cell.metadata.get("nbgrader", {})

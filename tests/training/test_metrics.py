@@ -168,9 +168,9 @@ def test_groups_stay_whole_and_time_goes_forward(table):
     t = split(table, "y", time="when")
     assert table["when"].iloc[t.train].max() < table["when"].iloc[t.test].min()
     assert table["when"].iloc[t.test].is_monotonic_increasing
-    for s in (s, t):
-        assert sorted([*s.train, *s.test]) == list(range(300))
-        assert 0.12 < len(s.test) / 300 < 0.28
+    for parts in (s, t):
+        assert sorted([*parts.train, *parts.test]) == list(range(300))
+        assert 0.12 < len(parts.test) / 300 < 0.28
 
 
 @pytest.mark.parametrize(

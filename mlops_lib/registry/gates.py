@@ -8,8 +8,7 @@ __all__ = ['log', 'NOT_THERE', 'METRIC', 'Answers', 'DECISIONS', 'RegistryError'
            'Comparison', 'compare', 'Gate', 'Check', 'judge', 'Decision', 'decisions', 'promote', 'rollback',
            'set_alias']
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #cbbbfc18
-import hashlib
+# %% ../../notebooks/3_registry/31_gates.ipynb #c34eadf5
 import json
 import re
 import tempfile
@@ -29,7 +28,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from scipy.stats import binomtest
 
-from ..data.layers import entries, load, lock, save
+from ..data.layers import entries, load, save
 from ..logs import get_logger
 from mlops_lib.registry.tracking import (
     experiment_id,
@@ -37,6 +36,7 @@ from mlops_lib.registry.tracking import (
     load_model,
     log_batches,
     open_store,
+    registry_lock,
     safe_name,
     user,
 )
@@ -542,7 +542,7 @@ def _carry_out(store: MlflowClient, d: Decision) -> Decision:
     log.info("registry decision", extra=facts)
     return d
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #976a7db1
+# %% ../../notebooks/3_registry/31_gates.ipynb #823b66bf
 def _decision_runs(store: MlflowClient, name: str, more: str = "") -> list:
     where, order = f"tags.model = {_quote(name)}{more}", ["attributes.start_time ASC"]
     return _pages(store.search_runs, [experiment_id(store, DECISIONS)], where, order_by=order)
@@ -550,8 +550,7 @@ def _decision_runs(store: MlflowClient, name: str, more: str = "") -> list:
 
 @contextmanager
 def _deciding(store: MlflowClient, name: str) -> Iterator[None]:
-    key = hashlib.sha256(f"{store.tracking_uri} {name}".encode()).hexdigest()[:16]
-    with lock(settings.data_dir / "locks" / f"registry-{key}.lock", timeout=120):
+    with registry_lock(store, name):
         now = champion(name, store=store)
         for run in _decision_runs(store, name, " AND attributes.status = 'RUNNING'"):
             tags, there = run.data.tags, str(now.version) if now else ""

@@ -6,9 +6,9 @@
 __all__ = ['log', 'TRUSTED', 'SEPARATOR', 'LIBRARIES', 'TrackingError', 'empty_store', 'open_store', 'log_batches',
            'UntrustedModel', 'read_model', 'Vocabulary', 'pack', 'git_version', 'environment', 'requirements',
            'fingerprints', 'confusion_svg', 'bars_svg', 'save_model', 'safe_name', 'flatten', 'user', 'experiment_id',
-           'log_run', 'runs', 'register', 'model_uri', 'load_model']
+           'log_run', 'runs', 'registry_lock', 'register', 'model_uri', 'load_model']
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #20273bd4
+# %% ../../notebooks/3_registry/30_tracking.ipynb #9f50d580
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # these three are read when MLflow is imported
@@ -18,6 +18,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import copy
 import functools
 import getpass
+import hashlib
 import json
 import platform
 import re
@@ -30,7 +31,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -518,7 +519,16 @@ def runs(
         table[name] = [r.data.metrics.get(key, r.data.params.get(key)) for r in found]
     return table
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #126a0d7c
+# %% ../../notebooks/3_registry/30_tracking.ipynb #69f493e9
+def registry_lock(
+    store: MlflowClient,
+    name: str,  # of a registered model
+) -> AbstractContextManager[None]:
+    "Let one process of this machine at a time change a registered model: MLflow's aliases can race."
+    key = hashlib.sha256(f"{store.tracking_uri} {name}".encode()).hexdigest()[:16]
+    return lock(settings.data_dir / "locks" / f"registry-{key}.lock", timeout=120)
+
+
 def register(
     run_id: str,  # of log_run
     name: str | None = None,  # of the registered model; None: settings.registered_model
@@ -536,14 +546,15 @@ def register(
     told = {"kind": run.data.tags.get("kind", ""), "data_version": run.data.tags.get("data_version", "")}
     source: Any = {"source": model.artifact_location, "run_id": run_id, "model_id": model.model_id}
     source |= {"tags": told, "await_creation_for": 0}
-    try:
-        made = store.create_model_version(name, **source)
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        _first_of(store, name)
-        made = store.create_model_version(name, **source)
-    store.set_registered_model_alias(name, "challenger", str(made.version))
+    with registry_lock(store, name):
+        try:
+            made = store.create_model_version(name, **source)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            _first_of(store, name)
+            made = store.create_model_version(name, **source)
+        store.set_registered_model_alias(name, "challenger", str(made.version))
     return int(made.version)
 
 # %% ../../notebooks/3_registry/30_tracking.ipynb #03240914

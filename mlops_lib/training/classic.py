@@ -8,9 +8,10 @@ __all__ = ['BLANK', 'HIGH', 'DATE_PARTS', 'SHAPE', 'NEGATION', 'TEXT_DEFAULTS', 
            'best_weights', 'PriorShift', 'resample', 'Kind', 'resolve_params', 'build_pipeline', 'check_frame',
            'FittedModel', 'fit_classic', 'inbox_features', 'grid_search', 'Clusters', 'cluster_texts']
 
-# %% ../../notebooks/2_training/21_classic.ipynb #9b2f347b
+# %% ../../notebooks/2_training/21_classic.ipynb #6f40d93a
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +40,7 @@ from sklearn.naive_bayes import ComplementNB
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.preprocessing import (
     FunctionTransformer,
-    MinMaxScaler,
+    KBinsDiscretizer,
     Normalizer,
     OneHotEncoder,
     StandardScaler,
@@ -211,17 +212,17 @@ def text_features(
         steps.append(("reduce", TruncatedSVD(min(params["text_components"], rows - 1), random_state=0)))
     return Pipeline(steps)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #3057bbf4
+# %% ../../notebooks/2_training/21_classic.ipynb #0e66885a
 def make_features(
     roles: Mapping[str, str],  # from `column_roles`
     params: Mapping[str, Any],
     rows: int,  # training rows
     task: str = "classification",
-    positive: bool = False,  # scale to 0..1: what naive Bayes needs
+    positive: bool = False,  # bins instead of scaled numbers: what naive Bayes needs
 ) -> ColumnTransformer:  # raw columns -> one matrix
     "Impute, encode and scale each column as its role asks."
     of = lambda role: [c for c, r in roles.items() if r == role]
-    scaler = MinMaxScaler(clip=True) if positive else StandardScaler()
+    scaler = KBinsDiscretizer(8, encode="onehot-dense", strategy="uniform") if positive else StandardScaler()
 
     def block(read: FunctionTransformer, *steps: Any) -> Pipeline:
         return Pipeline([("read", read), *((f"step{i}", clone(s)) for i, s in enumerate(steps, 1))])
@@ -506,7 +507,7 @@ def _importance(pipeline: Pipeline, top: int) -> pd.Series:
     names = [n.split("__", 1)[-1] for n in pipeline[:-1].get_feature_names_out()]
     return pd.Series(values, names, name="importance").nlargest(top)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #c8de52ff
+# %% ../../notebooks/2_training/21_classic.ipynb #ce94348e
 def fit_classic(
     kind: str,  # one of KINDS
     data: pd.DataFrame,  # raw columns of the training rows
@@ -519,7 +520,8 @@ def fit_classic(
     "Fit one kind on training rows."
     chosen, _ = resolve_params(kind, task, params, seed)
     if len(data) == 0 or y.isna().any() or y.nunique() < 2:
-        why = "there is no row" if len(data) == 0 else "the target has missing values" if y.isna().any() else f"the target is {y.iloc[0]!r} in every row"
+        why = "there is no row" if len(data) == 0 else f"the target is {y.iloc[0]} in every row"
+        why = "the target has missing values" if y.isna().any() else why
         raise ClassicError(f"{kind!r} cannot be trained: {why}.")
     roles = column_roles(data)
     used = [c for c, role in roles.items() if role != "ignored"]
@@ -529,7 +531,8 @@ def fit_classic(
         data, y = resample(data, y, chosen["balance"], seed)
     pipeline = build_pipeline(kind, {c: roles[c] for c in used}, len(data), task, params, seed)
     try:
-        with threadpool_limits(1, user_api="blas"):  # threads cost more than they bring on sparse rows
+        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):  # threads slow sparse fits down
+            warnings.filterwarnings("ignore", "Feature .* is constant")  # it then says nothing, which is right
             pipeline.fit(data[used], y)
     except ValueError as e:
         if "empty vocabulary" in str(e) or "no terms remain" in str(e):

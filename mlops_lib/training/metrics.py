@@ -336,11 +336,11 @@ def split(
     parts = train_test_split(np.arange(len(y)), test_size=test_size, random_state=seed, stratify=stratify)
     return Split(np.sort(parts[0]), np.sort(parts[1]), how)
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #33a4f70e
+# %% ../../notebooks/2_training/20_metrics.ipynb #85534acc
 def _check_counts(y: pd.Series, test_size: float) -> None:
     counts = y.value_counts()
     if counts.min() < 2:
-        raise MetricError(f"Class {counts.idxmin()!r} of {y.name!r} has one row; it takes one to train and one to test.")
+        raise MetricError(f"Class {str(counts.idxmin())!r} of {y.name!r} has one row; it takes one to train and one to test.")
     if min(test_size, 1 - test_size) * len(y) < len(counts):
         shares = f"{1 - test_size:.2g} : {test_size:.2g}"
         raise MetricError(f"{len(y)} rows divided {shares} cannot hold {len(counts)} classes on both sides.")
@@ -494,7 +494,7 @@ def _verdict(r: TrainingResult, metric: str) -> tuple[str, str]:
     words = "not measured" if math.isnan(margin) else f"{'met' if r.met[metric] else 'missed'} by {abs(margin):.3f}"
     return f"{r.targets[metric]:g}", f'<span style="color:{"#1a7f37" if r.met[metric] else "#b42318"}">{words}</span>'
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #f0a6f43b
+# %% ../../notebooks/2_training/20_metrics.ipynb #1787cd6c
 def check_target(
     data: pd.DataFrame,  # the rows to train on
     target: str,  # the column to predict
@@ -513,12 +513,12 @@ def check_target(
     if missing:
         raise MetricError(f"{missing} of {len(y)} values of the target {target!r} are missing; drop those rows first.")
     if y.nunique() < 2:
-        raise MetricError(f"The target {target!r} is {y.iloc[0]!r} in every row; there is nothing to learn.")
+        raise MetricError(f"The target {target!r} is {y.iloc[0]} in every row; there is nothing to learn.")
     if task is not None:
         if task not in KNOWN:
             raise MetricError(f"There is no task {task!r}. Use one of: {', '.join(KNOWN)}.")
         if task != "classification" and not numeric:
-            raise MetricError(f"{task} needs numbers to predict; {target!r} holds {y.iloc[0]!r}.")
+            raise MetricError(f"{task} needs numbers to predict; {target!r} holds {str(y.iloc[0])!r}.")
         return task  # type: ignore[return-value]
     return "regression" if numeric and (y.nunique() > 20 or bool((y % 1 != 0).any())) else "classification"
 

@@ -51,7 +51,7 @@ from threadpoolctl import threadpool_limits
 
 from ..settings import settings
 
-# %% ../../notebooks/2_training/21_classic.ipynb #ffe75382
+# %% ../../notebooks/2_training/21_classic.ipynb #fc603c22
 class ClassicError(ValueError):
     "A model cannot be built, fitted or asked. The message says why, with the value seen and what to do."
 
@@ -64,7 +64,7 @@ def to_numbers(column: pd.Series) -> pd.Series:
     "Read text as numbers; blanks and what is no number become NaN."
     return pd.to_numeric(column, errors="coerce").astype(float)
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #db6ac982
 def _role(column: pd.Series) -> str:
     known = column.dropna()
     if pd.api.types.is_datetime64_any_dtype(column):
@@ -92,7 +92,7 @@ def _role(column: pd.Series) -> str:
         return "ignored"  # an id: each row has its own
     return "high" if text.nunique() > HIGH else "category"
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #5951758a
 def column_roles(
     data: pd.DataFrame,  # the columns to learn from, training rows only
 ) -> dict[str, str]:  # column -> number, category, high (many categories), date, text or ignored
@@ -104,7 +104,7 @@ def column_roles(
             roles[name] = "ignored"
     return roles
 
-# %% ../../notebooks/2_training/21_classic.ipynb #1db07388
+# %% ../../notebooks/2_training/21_classic.ipynb #f8537bfc
 DATE_PARTS = ("year", "month", "day_of_week", "hour")
 SHAPE = ("characters", "words", "exclamations", "questions", "capitals")
 
@@ -133,7 +133,7 @@ def _texts(column: pd.Series) -> np.ndarray:
 
 NEGATION = re.compile(r"\b(?:not|no|never|cannot|without|nothing|hardly|\w+n't)\b([^.!?,;:]*)")
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #e17f9baf
 def mark_negation(
     text: str,
 ) -> str:  # lower case, without accents, words after a negation marked: "not good" -> "not not_good"
@@ -149,7 +149,9 @@ def _third(text: str, part: int) -> str:
 
 
 def _shape(texts: np.ndarray) -> np.ndarray:
-    counts = [[len(t), len(t.split()), t.count("!"), t.count("?"), sum(map(str.isupper, t))] for t in texts]
+    counts = [
+        [len(t), len(t.split()), t.count("!"), t.count("?"), sum(map(str.isupper, t))] for t in texts
+    ]
     size = np.array(counts, dtype=float).reshape(len(texts), len(SHAPE))
     size[:, 4] /= np.maximum(size[:, 0], 1)
     return np.log1p(size)
@@ -168,7 +170,7 @@ def _embed(texts: np.ndarray) -> np.ndarray:
 def _embed_names(_: Any, names: Sequence[str]) -> list[str]:
     return [f"e{i}" for i in range(384)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #1800788d
+# %% ../../notebooks/2_training/21_classic.ipynb #16caac24
 TEXT_DEFAULTS: dict[str, Any] = {
     "words": 2,  # longest run of words that is a feature; 0: no words
     "chars": 4,  # longest run of characters within a word, from three; 0: none
@@ -180,7 +182,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "text_components": 0,  # reduce a text's features to this many; 0: keep all
 }
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #89ff33b0
 def text_features(
     params: Mapping[str, Any],  # TEXT_DEFAULTS, changed as wanted
     rows: int,  # training rows; a handful needs rare words too
@@ -188,31 +190,44 @@ def text_features(
 ) -> Pipeline:  # one column of text -> a matrix
     "Word and character TF-IDF, the text's length and shape, and the sentence embedding."
     common: dict[str, Any] = {
-        "min_df": params["min_df"] if rows >= 200 else 1, "max_features": params["max_features"],
-        "sublinear_tf": True, "strip_accents": "unicode", "dtype": np.float32,
+        "min_df": params["min_df"] if rows >= 200 else 1,
+        "max_features": params["max_features"],
+        "sublinear_tf": True,
+        "strip_accents": "unicode",
+        "dtype": np.float32,
     }
     shape = FunctionTransformer(_shape, feature_names_out=_shape_names)
     parts: list[tuple[str, Any]] = [("shape", Pipeline([("count", shape), ("scale", clone(scaler))]))]
     weights = {"shape": 0.3}
     if params["words"]:
         mark = mark_negation if params["negation"] else None
-        parts.append(("words", TfidfVectorizer(ngram_range=(1, params["words"]), preprocessor=mark, **common)))
+        parts.append(
+            ("words", TfidfVectorizer(ngram_range=(1, params["words"]), preprocessor=mark, **common))
+        )
     if params["words"] and params["thirds"]:
         for k, name in enumerate(("start", "middle", "end")):
             parts.append((name, TfidfVectorizer(preprocessor=partial(_third, part=k), **common)))
             weights[name] = 0.6
     if params["chars"]:
-        parts.append(("chars", TfidfVectorizer(analyzer="char_wb", ngram_range=(3, max(3, params["chars"])), **common)))
+        parts.append(
+            (
+                "chars",
+                TfidfVectorizer(analyzer="char_wb", ngram_range=(3, max(3, params["chars"])), **common),
+            )
+        )
     if params["embedding"]:
         parts.append(("meaning", FunctionTransformer(_embed, feature_names_out=_embed_names)))
         weights["meaning"] = params["embedding"]
     fill = FunctionTransformer(_texts, feature_names_out="one-to-one")
-    steps: list[tuple[str, Any]] = [("fill", fill), ("union", FeatureUnion(parts, transformer_weights=weights))]
+    steps: list[tuple[str, Any]] = [
+        ("fill", fill),
+        ("union", FeatureUnion(parts, transformer_weights=weights)),
+    ]
     if params["text_components"]:
         steps.append(("reduce", TruncatedSVD(min(params["text_components"], rows - 1), random_state=0)))
     return Pipeline(steps)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #0e66885a
+# %% ../../notebooks/2_training/21_classic.ipynb #eccef35f
 def make_features(
     roles: Mapping[str, str],  # from `column_roles`
     params: Mapping[str, Any],
@@ -222,7 +237,9 @@ def make_features(
 ) -> ColumnTransformer:  # raw columns -> one matrix
     "Impute, encode and scale each column as its role asks."
     of = lambda role: [c for c, r in roles.items() if r == role]
-    scaler = KBinsDiscretizer(8, encode="onehot-dense", strategy="uniform") if positive else StandardScaler()
+    scaler = (
+        KBinsDiscretizer(8, encode="onehot-dense", strategy="uniform") if positive else StandardScaler()
+    )
 
     def block(read: FunctionTransformer, *steps: Any) -> Pipeline:
         return Pipeline([("read", read), *((f"step{i}", clone(s)) for i, s in enumerate(steps, 1))])
@@ -239,15 +256,17 @@ def make_features(
         "date": block(FunctionTransformer(_date_parts, feature_names_out=_date_names), median, scaler),
     }
     texts = of("text")
-    steps: list[tuple[str, Any, Any]] = [(role, step, of(role)) for role, step in blocks.items() if of(role)]
+    steps: list[tuple[str, Any, Any]] = [
+        (role, step, of(role)) for role, step in blocks.items() if of(role)
+    ]
     weights = {role: 0.3 if texts else 1.0 for role, *_ in steps}  # a text's features are small numbers
     steps += [(f"text_{c}", text_features(params, rows, scaler), c) for c in texts]
     sparse = bool(texts) and not params["text_components"]
     return ColumnTransformer(steps, sparse_threshold=1.0 if sparse else 0.0, transformer_weights=weights)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #b09b1a40
+# %% ../../notebooks/2_training/21_classic.ipynb #b23b8f0b
 class Ordered(ClassifierMixin, BaseEstimator):
-    "Classes with an order: one yes-or-no model for each step up (above the first class? above the second?)."
+    "Classes with an order: one yes-or-no model for each step up (above the first? the second?)."
 
     def __init__(self, C: float = 3.0, max_iter: int = 500, class_weight: str | None = None) -> None:
         self.C, self.max_iter, self.class_weight = C, max_iter, class_weight
@@ -268,7 +287,7 @@ class Ordered(ClassifierMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #ff593497
+# %% ../../notebooks/2_training/21_classic.ipynb #f83d3a1c
 def best_weights(
     y: np.ndarray,  # true labels
     proba: np.ndarray,  # of rows that the model was not fitted on, a column for each class
@@ -290,9 +309,9 @@ def best_weights(
             weights = max(options, key=gain)
     return weights / weights.max()
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #d42540c3
 class PriorShift(ClassifierMixin, BaseEstimator):
-    "Weigh a classifier's probabilities by the factors that are best on held-out folds of its training rows."
+    "Weigh a classifier's probabilities by factors that are best on held-out training rows."
 
     def __init__(self, base: Any, folds: int = 5, seed: int = 0) -> None:
         self.base, self.folds, self.seed = base, folds, seed
@@ -304,7 +323,9 @@ class PriorShift(ClassifierMixin, BaseEstimator):
         if (folds := min(self.folds, int(counts.min()))) > 1:
             cv = StratifiedKFold(folds, shuffle=True, random_state=self.seed)
             proba = cross_val_predict(clone(self.base), X, y, cv=cv, method="predict_proba")
-            draws = np.random.default_rng(self.seed).integers(len(y), size=(10, len(y)))  # resamples: a steadier choice
+            draws = np.random.default_rng(self.seed).integers(
+                len(y), size=(10, len(y))
+            )  # resamples: a steadier choice
             found = [best_weights(y[rows], proba[rows], self.classes_) for rows in draws]
             self.weights_ = np.exp(np.mean(np.log(found), axis=0))
         self.base_ = clone(self.base).fit(X, y)
@@ -317,7 +338,7 @@ class PriorShift(ClassifierMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #d52cd520
+# %% ../../notebooks/2_training/21_classic.ipynb #addda24d
 def resample(
     data: pd.DataFrame,  # training rows, never test rows
     y: pd.Series,
@@ -330,18 +351,25 @@ def resample(
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(y.to_numpy() == c) for c in y.unique()]
     size = (min if how == "under" else max)(map(len, rows))
-    keep = [np.concatenate([r, rng.choice(r, size - len(r))]) if len(r) < size else rng.choice(r, size, replace=False) for r in rows]
+    keep = [
+        np.concatenate([r, rng.choice(r, size - len(r))])
+        if len(r) < size
+        else rng.choice(r, size, replace=False)
+        for r in rows
+    ]
     order = np.sort(np.concatenate(keep))
     return data.iloc[order], y.iloc[order]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #654f89cc
+# %% ../../notebooks/2_training/21_classic.ipynb #d55640ad
 @dataclass(frozen=True)
 class Kind:
     "How one kind of model is made."
 
     make: Callable[[str, int], Any]  # (task, seed) -> estimator
     tasks: tuple[str, ...] = ("classification",)
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the estimator's own
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # where they differ from the estimator's own
     dense: bool = False  # needs a dense matrix: a text's features are reduced
     positive: bool = False  # needs features ≥ 0
 
@@ -392,7 +420,12 @@ OWN_DEFAULTS: dict[str, Any] = {
     "components": 0,  # reduce all features to this many; 0: keep all
 }
 
-# %% ../../notebooks/2_training/21_classic.ipynb #c6816eb9
+# %% ../../notebooks/2_training/21_classic.ipynb #546bdf75
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+# %% ../../notebooks/2_training/21_classic.ipynb #911b34d1
 def resolve_params(
     kind: str,
     task: str,
@@ -401,12 +434,15 @@ def resolve_params(
 ) -> tuple[dict[str, Any], Any]:  # all settings, the estimator with its own
     "Check a kind's settings: unknown kinds and unknown settings are refused."
     if kind not in KINDS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
-        raise ClassicError(f"There is no kind {kind!r}{f'; did you mean {close[0]!r}?' if close else ''} Kinds: {', '.join(KINDS)}.")
+        raise ClassicError(
+            f"There is no kind {kind!r}.{_hint(kind, KINDS)} Kinds: {', '.join(KINDS)}."
+        )
     spec = KINDS[kind]
     if task not in spec.tasks:
         able = [name for name, k in KINDS.items() if task in k.tasks]
-        raise ClassicError(f"{kind!r} does {' and '.join(spec.tasks)}, the task is {task}. Use {', '.join(able)}.")
+        raise ClassicError(
+            f"{kind!r} does {' and '.join(spec.tasks)}, the task is {task}. Use {', '.join(able)}."
+        )
     estimator = spec.make(task, seed)
     settable = _inner(estimator).get_params(deep=False)
     dense = {"text_components": 100} if spec.dense else {}
@@ -414,9 +450,8 @@ def resolve_params(
     unknown = [p for p in chosen if p not in OWN_DEFAULTS and p not in settable]
     if unknown:
         names = [*OWN_DEFAULTS, *settable]
-        close = difflib.get_close_matches(unknown[0], names, n=1)
         raise ClassicError(
-            f"{kind!r} has no setting {unknown[0]!r}{f'; did you mean {close[0]!r}?' if close else ''} It has {', '.join(names)}."
+            f"{kind!r} has no setting {unknown[0]!r}.{_hint(unknown[0], names)} It has {', '.join(names)}."
         )
     if chosen["balance"] not in (None, "weights", "under", "over"):
         raise ClassicError(f"balance is 'weights', 'under', 'over' or None, got {chosen['balance']!r}.")
@@ -425,14 +460,16 @@ def resolve_params(
         own["class_weight"] = "balanced" if chosen["balance"] == "weights" else None
     _inner(estimator).set_params(**own)
     if spec.positive and chosen["embedding"]:
-        raise ClassicError(f"{kind!r} needs features that are not negative; an embedding has negative ones.")
+        raise ClassicError(
+            f"{kind!r} needs features that are not negative; an embedding has negative ones."
+        )
     return {**chosen, **own, "seed": seed}, estimator
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #366e3d28
 def _inner(estimator: Any) -> Any:
     return estimator.estimator if isinstance(estimator, CalibratedClassifierCV) else estimator
 
-# %% ../../notebooks/2_training/21_classic.ipynb #2075569b
+# %% ../../notebooks/2_training/21_classic.ipynb #97295697
 def build_pipeline(
     kind: str,
     roles: Mapping[str, str],  # from `column_roles`
@@ -443,27 +480,39 @@ def build_pipeline(
 ) -> Pipeline:  # not fitted
     "From raw columns to a prediction, as one scikit-learn pipeline."
     chosen, estimator = resolve_params(kind, task, params, seed)
-    steps: list[tuple[str, Any]] = [("features", make_features(roles, chosen, rows, task, KINDS[kind].positive))]
+    steps: list[tuple[str, Any]] = [
+        ("features", make_features(roles, chosen, rows, task, KINDS[kind].positive))
+    ]
     if chosen["components"]:
         steps.append(("reduce", TruncatedSVD(chosen["components"], random_state=seed)))
     shift = task == "classification" and chosen["shift"]
     return Pipeline([*steps, ("model", PriorShift(estimator, seed=seed) if shift else estimator)])
 
-# %% ../../notebooks/2_training/21_classic.ipynb #d1952c21
+# %% ../../notebooks/2_training/21_classic.ipynb #77ddbfa9
 def check_frame(
     data: Any,  # a pandas or polars frame
     features: Sequence[str],  # columns that the model was trained on
 ) -> pd.DataFrame:  # these columns
     "Give a model the columns that it knows; more than these are ignored, fewer are an error."
-    frame = data if isinstance(data, pd.DataFrame) else data.to_pandas() if hasattr(data, "to_pandas") else None
+    frame = (
+        data
+        if isinstance(data, pd.DataFrame)
+        else data.to_pandas()
+        if hasattr(data, "to_pandas")
+        else None
+    )
     if frame is None:
-        raise ClassicError(f"A model takes a data frame, got {type(data).__name__}. Wrap it: pd.DataFrame({{...}}).")
+        raise ClassicError(
+            f"A model takes a data frame, got {type(data).__name__}. Wrap it: pd.DataFrame({{...}})."
+        )
     missing = [c for c in features if c not in frame]
     if missing:
-        raise ClassicError(f"The data lack the columns {missing} that the model was trained on; they have {list(frame.columns)}.")
+        raise ClassicError(
+            f"The data lack the columns {missing} that the model needs; they have {list(frame.columns)}."
+        )
     return frame[list(features)]
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #b0e4bfc8
 @dataclass
 class FittedModel:
     "A fitted pipeline with the raw columns that it takes."
@@ -479,7 +528,11 @@ class FittedModel:
     def predict(self, data: Any) -> np.ndarray:
         "A label or value for each row; no row gives an empty array."
         frame = check_frame(data, self.features)
-        return self.pipeline.predict(frame) if len(frame) else np.array([], dtype=type(self.classes[0]) if self.classes else float)
+        return (
+            self.pipeline.predict(frame)
+            if len(frame)
+            else np.array([], dtype=type(self.classes[0]) if self.classes else float)
+        )
 
     def predict_proba(self, data: Any) -> np.ndarray:
         "A column for each of `classes`."
@@ -492,7 +545,7 @@ class FittedModel:
         "The features with the largest weight; empty where the model has none."
         return _importance(self.pipeline, top)
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #08b58594
 def _importance(pipeline: Pipeline, top: int) -> pd.Series:
     model = pipeline[-1]
     model = getattr(model, "base_", model)
@@ -507,7 +560,7 @@ def _importance(pipeline: Pipeline, top: int) -> pd.Series:
     names = [n.split("__", 1)[-1] for n in pipeline[:-1].get_feature_names_out()]
     return pd.Series(values, names, name="importance").nlargest(top)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #ce94348e
+# %% ../../notebooks/2_training/21_classic.ipynb #46921af6
 def fit_classic(
     kind: str,  # one of KINDS
     data: pd.DataFrame,  # raw columns of the training rows
@@ -526,23 +579,46 @@ def fit_classic(
     roles = column_roles(data)
     used = [c for c, role in roles.items() if role != "ignored"]
     if not used:
-        raise ClassicError(f"None of the columns {list(data.columns)} can be learnt from: each is empty, constant or an id.")
+        raise ClassicError(
+            f"None of the columns {list(data.columns)} can be learnt from: empty, constant or ids."
+        )
     if task == "classification" and chosen["balance"] in ("under", "over"):
         data, y = resample(data, y, chosen["balance"], seed)
     pipeline = build_pipeline(kind, {c: roles[c] for c in used}, len(data), task, params, seed)
     try:
-        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):  # threads slow sparse fits down
-            warnings.filterwarnings("ignore", "Feature .* is constant")  # it then says nothing, which is right
+        with (
+            warnings.catch_warnings(),
+            threadpool_limits(1, user_api="blas"),
+        ):  # threads slow sparse fits down
+            warnings.filterwarnings(
+                "ignore", "Feature .* is constant"
+            )  # it then says nothing, which is right
             pipeline.fit(data[used], y)
     except ValueError as e:
         if "empty vocabulary" in str(e) or "no terms remain" in str(e):
-            raise ClassicError(f"No word occurs in two texts; set min_df=1 or use more rows ({len(data)} now).") from None
+            raise ClassicError(
+                f"No word occurs in two texts; set min_df=1 or use more rows ({len(data)} now)."
+            ) from None
         raise
-    classes = [v.item() if isinstance(v, np.generic) else v for v in pipeline.classes_] if task == "classification" else None
+    classes = (
+        [v.item() if isinstance(v, np.generic) else v for v in pipeline.classes_]
+        if task == "classification"
+        else None
+    )
     return FittedModel(pipeline, used, task, classes, chosen, roles)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #a9302c2b
-NOT_FEATURES = ("label", "stars", "useful", "funny", "cool", "review_id", "user_id", "business_id", "date")
+# %% ../../notebooks/2_training/21_classic.ipynb #8ef1e378
+NOT_FEATURES = (
+    "label",
+    "stars",
+    "useful",
+    "funny",
+    "cool",
+    "review_id",
+    "user_id",
+    "business_id",
+    "date",
+)
 
 
 def inbox_features(
@@ -554,7 +630,7 @@ def inbox_features(
     numbers = data.select_dtypes(["number", "bool"]).columns
     return ["text", *(c for c in numbers if c not in NOT_FEATURES)]
 
-# %% ../../notebooks/2_training/21_classic.ipynb #b26c9fe2
+# %% ../../notebooks/2_training/21_classic.ipynb #a0d714cc
 def grid_search(
     kind: str,
     data: pd.DataFrame,  # raw columns of the training rows
@@ -569,19 +645,22 @@ def grid_search(
 ) -> GridSearchCV:  # .best_params_ and .cv_results_; setting "model__X" is X
     "Try every combination by cross-validation of the whole pipeline: each fold fits its own vectoriser."
     chosen = {**(params or {}), "shift": False}
-    _, estimator = resolve_params(kind, task, {**chosen, **{name: values[0] for name, values in grid.items()}}, seed)
+    _, estimator = resolve_params(
+        kind, task, {**chosen, **{name: values[0] for name, values in grid.items()}}, seed
+    )
     roles = {c: r for c, r in column_roles(data).items() if r != "ignored"}
     prefix = "model__estimator__" if isinstance(estimator, CalibratedClassifierCV) else "model__"
     cv = (KFold if task == "regression" else StratifiedKFold)(folds, shuffle=True, random_state=seed)
     search = GridSearchCV(
         build_pipeline(kind, roles, len(data), task, chosen, seed),
         {prefix + name: list(values) for name, values in grid.items()},
-        scoring=scoring or ("r2" if task == "regression" else "f1_weighted"), cv=cv, refit=False, error_score="raise",
+        scoring=scoring or ("r2" if task == "regression" else "f1_weighted"),
+        cv=cv, refit=False, error_score="raise",
     )  # fmt: skip
     with threadpool_limits(1, user_api="blas"):
         return search.fit(data[list(roles)], y)
 
-# %% ../../notebooks/2_training/21_classic.ipynb #c1585610
+# %% ../../notebooks/2_training/21_classic.ipynb #fc75f748
 @dataclass(frozen=True)
 class Clusters:
     "Groups of similar messages."
@@ -591,22 +670,33 @@ class Clusters:
     silhouette: float  # of the chosen number: 1 apart, 0 touching
     tried: dict[int, float]  # number of groups -> silhouette
 
-
+# %% ../../notebooks/2_training/21_classic.ipynb #5b461789
 def cluster_texts(
     texts: Sequence[str],
-    k: int | Sequence[int] = (4, 6, 8, 10),  # how many groups; of several, the one with the best silhouette
+    k: int | Sequence[int] = (
+        4,
+        6,
+        8,
+        10,
+    ),  # how many groups; of several, the one with the best silhouette
     top: int = 6,  # words that describe a group
     seed: int = settings.seed,
 ) -> Clusters:
     "Group messages by their words: TF-IDF, reduced to 50 directions, then k-means."
     numbers = [k] if isinstance(k, int) else list(k)
     if len(texts) <= max(numbers) or min(numbers) < 2:
-        raise ClassicError(f"{len(texts)} messages cannot be put into {numbers} groups; use 2 or more, fewer than messages.")
-    vectoriser = TfidfVectorizer(stop_words=sorted(ENGLISH_STOP_WORDS), min_df=2, max_df=0.3, sublinear_tf=True)
+        raise ClassicError(
+            f"{len(texts)} messages cannot be put into {numbers} groups; use 2 or more."
+        )
+    vectoriser = TfidfVectorizer(
+        stop_words=sorted(ENGLISH_STOP_WORDS), min_df=2, max_df=0.3, sublinear_tf=True
+    )
     try:
         matrix = vectoriser.fit_transform(texts)
     except ValueError:
-        raise ClassicError("The messages share no words, so there is nothing to group them by.") from None
+        raise ClassicError(
+            "The messages share no words, so there is nothing to group them by."
+        ) from None
     reduce = TruncatedSVD(min(50, matrix.shape[1] - 1), random_state=seed)
     points = Normalizer().fit_transform(reduce.fit_transform(matrix))
     found = {n: KMeans(n, n_init=3, random_state=seed).fit_predict(points) for n in numbers}
@@ -616,6 +706,14 @@ def cluster_texts(
     labels, names = found[best], vectoriser.get_feature_names_out()
     rows = []
     for group in range(best):
-        weight = np.asarray(matrix[labels == group].mean(axis=0)).ravel() - np.asarray(matrix.mean(axis=0)).ravel()
-        rows.append({"messages": int((labels == group).sum()), "words": ", ".join(names[weight.argsort()[::-1][:top]])})
+        weight = (
+            np.asarray(matrix[labels == group].mean(axis=0)).ravel()
+            - np.asarray(matrix.mean(axis=0)).ravel()
+        )
+        rows.append(
+            {
+                "messages": int((labels == group).sum()),
+                "words": ", ".join(names[weight.argsort()[::-1][:top]]),
+            }
+        )
     return Clusters(labels, pd.DataFrame(rows).rename_axis("group"), tried[best], tried)

@@ -26,7 +26,7 @@ from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold, tra
 
 from ..settings import settings
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #2066e979
+# %% ../../notebooks/2_training/20_metrics.ipynb #4bd06e99
 Task = Literal["classification", "regression", "timeseries", "ranking"]
 
 
@@ -37,7 +37,9 @@ class MetricError(ValueError):
 def _aligned(y_true: Any, y_pred: Any) -> tuple[np.ndarray, np.ndarray]:
     true, pred = np.asarray(y_true), np.asarray(y_pred)
     if len(true) != len(pred):
-        raise MetricError(f"There are {len(true)} true values and {len(pred)} predictions; give one for each row.")
+        raise MetricError(
+            f"There are {len(true)} true values and {len(pred)} predictions; give one for each row."
+        )
     if not len(true):
         raise MetricError("There is no row to measure on.")
     for name, values in (("true values", true), ("predictions", pred)):
@@ -49,7 +51,7 @@ def _aligned(y_true: Any, y_pred: Any) -> tuple[np.ndarray, np.ndarray]:
 def _plain(values: Any) -> list:
     return [v.item() if isinstance(v, np.generic) else v for v in values]
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #1fcb4b4f
 def confusion(
     y_true: Any,  # true labels
     y_pred: Any,  # predicted labels
@@ -60,7 +62,9 @@ def confusion(
     names = _plain(np.unique(np.concatenate([true, pred])) if classes is None else classes)
     unknown = sorted(set(_plain(true)) - set(names), key=str)
     if unknown:
-        raise MetricError(f"The true labels hold {unknown}, which the model does not know; it knows {names}.")
+        raise MetricError(
+            f"The true labels hold {unknown}, which the model does not know; it knows {names}."
+        )
     index, n = pd.Index(names), len(names)
     row, column = index.get_indexer(true), index.get_indexer(pred)
     if (column < 0).any():
@@ -68,21 +72,23 @@ def confusion(
     counts = np.bincount(row * n + column, minlength=n * n).reshape(n, n)
     return pd.DataFrame(counts, index=index.rename("true"), columns=index.rename("predicted"))
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #de4aefdb
+# %% ../../notebooks/2_training/20_metrics.ipynb #f9e322ea
 def classification_metrics(
     y_true: Any,  # true labels
     y_pred: Any,  # predicted labels
     proba: np.ndarray | None = None,  # one column for each class, in the order of `classes`
     classes: Sequence | None = None,  # labels in order; None: the sorted labels of both
 ) -> dict[str, float]:
-    "Accuracy, weighted and macro F1, precision, recall and F1 of each class; with probabilities AUC and log loss."
+    "Accuracy, weighted and macro F1, the scores of each class; with probabilities AUC and log loss."
     table = confusion(y_true, y_pred, classes)
     counts, names = table.to_numpy(), list(table.index)
     hits, true, called = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     precision, recall = hits / np.maximum(called, 1), hits / np.maximum(true, 1)
     f1 = 2 * hits / np.maximum(true + called, 1)
     found = {
-        "accuracy": hits.sum() / counts.sum(), "f1_weighted": f1 @ true / true.sum(), "f1_macro": f1.mean(),
+        "accuracy": hits.sum() / counts.sum(),
+        "f1_weighted": f1 @ true / true.sum(),
+        "f1_macro": f1.mean(),
     }
     if proba is not None:
         found |= _probability_metrics(np.asarray(y_true), np.asarray(proba, dtype=float), names)
@@ -90,11 +96,13 @@ def classification_metrics(
         found |= {f"precision_{name}": precision[k], f"recall_{name}": recall[k], f"f1_{name}": f1[k]}
     return {name: float(value) for name, value in found.items()}
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #6b425c68
 def _probability_metrics(true: np.ndarray, proba: np.ndarray, names: list) -> dict[str, float]:
     if proba.shape != (len(true), len(names)):
         wanted = (len(true), len(names))
-        raise MetricError(f"Probabilities have the shape {proba.shape}, {wanted} is needed: rows × classes {names}.")
+        raise MetricError(
+            f"Probabilities have the shape {proba.shape}, {wanted} is needed: rows × classes {names}."
+        )
     if not np.allclose(proba.sum(axis=1), 1, atol=1e-3):
         raise MetricError("The probabilities of a row must add up to 1.")
     is_class = np.column_stack([true == name for name in names])
@@ -131,12 +139,12 @@ def bootstrap(
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(metric(*columns)), float(low), float(high), samples)
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #5d2ac404
+# %% ../../notebooks/2_training/20_metrics.ipynb #6ac28ca2
 def regression_metrics(
     y_true: Any,  # true values
     y_pred: Any,  # predicted values
 ) -> dict[str, float]:
-    "RMSE, MAE, R² and MAPE (a fraction); R² of a constant and MAPE with a zero do not exist and are left out."
+    "RMSE, MAE, R² and MAPE (a fraction). R² of a constant and MAPE with a zero are left out."
     true, pred = (v.astype(float) for v in _aligned(y_true, y_pred))
     error = true - pred
     found = {"rmse": math.sqrt(np.mean(error**2)), "mae": float(np.abs(error).mean())}
@@ -159,18 +167,20 @@ def timeseries_metrics(
         found["directional_accuracy"] = float(np.mean(moved == forecast))
     return found
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #2bee2908
+# %% ../../notebooks/2_training/20_metrics.ipynb #88d8c161
 def ranking_metrics(
     y_true: Any,  # relevance of each item, 0 for none
     y_pred: Any,  # score of each item
     groups: Any = None,  # the query that an item belongs to; None: all to one
     k: int = 10,  # how many places count
 ) -> dict[str, float]:
-    "nDCG@k and MAP@k, the mean over queries; queries without a relevant item say nothing and are left out."
+    "nDCG@k and MAP@k, the mean over queries; those without a relevant item are left out."
     true, pred = (v.astype(float) for v in _aligned(y_true, y_pred))
     if k < 1 or (true < 0).any():
         raise MetricError(f"Ranking needs k ≥ 1 (got {k}) and relevance ≥ 0 (smallest: {true.min():g}).")
-    items = pd.DataFrame({"rel": true, "score": pred, "query": 0 if groups is None else np.asarray(groups)})
+    items = pd.DataFrame(
+        {"rel": true, "score": pred, "query": 0 if groups is None else np.asarray(groups)}
+    )
     ndcg, average = [], []
     for _, query in items.groupby("query", sort=False):
         if not query.rel.any():
@@ -184,7 +194,7 @@ def ranking_metrics(
         raise MetricError("No query has a relevant item: there is nothing to rank.")
     return {f"ndcg@{k}": float(np.mean(ndcg)), f"map@{k}": float(np.mean(average))}
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #a71b46e9
+# %% ../../notebooks/2_training/20_metrics.ipynb #3575cd00
 def compute_metrics(
     task: Task,  # which family of metrics
     y_true: Any,  # what is true
@@ -203,7 +213,9 @@ def compute_metrics(
         return timeseries_metrics(y_true, y_pred)
     if task == "ranking":
         return ranking_metrics(y_true, y_pred, groups, k)
-    raise MetricError(f"There is no task {task!r}. Use classification, regression, timeseries or ranking.")
+    raise MetricError(
+        f"There is no task {task!r}. Use classification, regression, timeseries or ranking."
+    )
 
 # %% ../../notebooks/2_training/20_metrics.ipynb #68b0162d
 TARGET_DEFAULTS: dict[str, dict[str, float]] = {
@@ -230,7 +242,7 @@ class Custom:
     value: float  # the target
     better: Literal["higher", "lower"] = "higher"
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #4e1861e9
+# %% ../../notebooks/2_training/20_metrics.ipynb #996dfd98
 @dataclass(frozen=True)
 class Targets:
     "What a model must reach: declared before training, read-only afterwards."
@@ -239,7 +251,9 @@ class Targets:
     custom: Mapping[str, Custom] = field(default_factory=dict)
 
     def higher_is_better(self, name: str) -> bool:
-        return self.custom[name].better == "higher" if name in self.custom else name not in LOWER_IS_BETTER
+        return (
+            self.custom[name].better == "higher" if name in self.custom else name not in LOWER_IS_BETTER
+        )
 
     def measure(self, y_true: Any, y_pred: Any, proba: np.ndarray | None = None) -> dict[str, float]:
         "The custom metrics of these predictions."
@@ -249,16 +263,21 @@ class Targets:
     def margins(self, metrics: Mapping[str, float]) -> dict[str, float]:
         "By how much each target was passed; negative: missed by that much, NaN: not measured."
         signs = {name: 1 if self.higher_is_better(name) else -1 for name in self.values}
-        return {name: signs[name] * (metrics.get(name, math.nan) - goal) for name, goal in self.values.items()}
+        return {
+            name: signs[name] * (metrics.get(name, math.nan) - goal)
+            for name, goal in self.values.items()
+        }
 
     def met(self, metrics: Mapping[str, float]) -> dict[str, bool]:
         "Which targets these metrics reach; one that was not measured is not reached."
         return {name: margin >= 0 for name, margin in self.margins(metrics).items()}
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #76b3ac29
+# %% ../../notebooks/2_training/20_metrics.ipynb #7de5dc4f
 def declare_targets(
     task: Task,
-    targets: Mapping[str, float | Custom] | Targets | None = None,  # metric -> target; None: TARGET_DEFAULTS
+    targets: Mapping[str, float | Custom]
+    | Targets
+    | None = None,  # metric -> target; None: TARGET_DEFAULTS
 ) -> Targets:
     "Check targets before any training: unknown names and impossible values are refused."
     if task not in TARGET_DEFAULTS:
@@ -276,11 +295,13 @@ def declare_targets(
         if isinstance(goal, bool) or not isinstance(goal, (int, float)) or not math.isfinite(goal):
             raise MetricError(f"The target of {name!r} must be a number, got {goal!r}.")
         if name not in custom and name not in LOWER_IS_BETTER and not -1 <= goal <= 1:
-            raise MetricError(f"{name!r} never exceeds 1, so a target of {goal:g} cannot be meant; 80 % is 0.8.")
+            raise MetricError(
+                f"{name!r} never exceeds 1, so a target of {goal:g} cannot be meant; 80 % is 0.8."
+            )
         values[name] = float(goal)
     return Targets(MappingProxyType(values), MappingProxyType(custom))
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #f92d3fca
 def _check_target_name(task: str, name: str) -> None:
     of_class = task == "classification" and name.startswith(("precision_", "recall_", "f1_"))
     metric, _, k = name.partition("@")
@@ -288,12 +309,13 @@ def _check_target_name(task: str, name: str) -> None:
     if name in KNOWN[task] or of_class or at_k:
         return
     close = difflib.get_close_matches(name, KNOWN[task], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise MetricError(
-        f"{task} has no metric {name!r}{f'; did you mean {close[0]!r}?' if close else '.'} It has {', '.join(KNOWN[task])}; "
+        f"{task} has no metric {name!r}.{hint} It has {', '.join(KNOWN[task])}; "
         "a metric of your own is declared as Custom(function, target)."
     )
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #ad34354c
+# %% ../../notebooks/2_training/20_metrics.ipynb #47666aa1
 @dataclass(frozen=True)
 class Split:
     "Positions of the rows to train on and of those to test on."
@@ -302,7 +324,7 @@ class Split:
     test: np.ndarray
     how: str
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #23b75921
 def split(
     data: pd.DataFrame,  # all rows
     target: str,  # the column to predict
@@ -319,12 +341,18 @@ def split(
     if group and time:
         raise MetricError("Give `group` or `time`, not both.")
     if len(data) < 5:
-        raise MetricError(f"{len(data)} rows are too few to divide into training and test; at least 5 are needed.")
+        raise MetricError(
+            f"{len(data)} rows are too few to divide into training and test; at least 5 are needed."
+        )
     for column in filter(None, (group, time)):
         if column not in data:
-            raise MetricError(f"There is no column {column!r} to split by; the columns are {list(data.columns)}.")
+            raise MetricError(
+                f"There is no column {column!r} to split by; the columns are {list(data.columns)}."
+            )
         if missing := int(data[column].isna().sum()):
-            raise MetricError(f"Column {column!r} has {missing} missing values; rows without one cannot be placed.")
+            raise MetricError(
+                f"Column {column!r} has {missing} missing values; rows without one cannot be placed."
+            )
     y = data[target].to_numpy()
     if time:
         return _split_by_time(data[time], test_size)
@@ -333,24 +361,32 @@ def split(
     if task == "classification":
         _check_counts(data[target], test_size)
     stratify, how = (y, "stratified") if task == "classification" else (None, "random")
-    parts = train_test_split(np.arange(len(y)), test_size=test_size, random_state=seed, stratify=stratify)
+    parts = train_test_split(
+        np.arange(len(y)), test_size=test_size, random_state=seed, stratify=stratify
+    )
     return Split(np.sort(parts[0]), np.sort(parts[1]), how)
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #85534acc
+# %% ../../notebooks/2_training/20_metrics.ipynb #5be94490
 def _check_counts(y: pd.Series, test_size: float) -> None:
     counts = y.value_counts()
     if counts.min() < 2:
-        raise MetricError(f"Class {str(counts.idxmin())!r} of {y.name!r} has one row; it takes one to train and one to test.")
+        raise MetricError(
+            f"Class {str(counts.idxmin())!r} of {y.name!r} has one row; it takes two, to train and to test."
+        )
     if min(test_size, 1 - test_size) * len(y) < len(counts):
         shares = f"{1 - test_size:.2g} : {test_size:.2g}"
-        raise MetricError(f"{len(y)} rows divided {shares} cannot hold {len(counts)} classes on both sides.")
+        raise MetricError(
+            f"{len(y)} rows divided {shares} cannot hold {len(counts)} classes on both sides."
+        )
 
 
 def _split_by_time(when: pd.Series, test_size: float) -> Split:
     order = np.argsort(when.to_numpy(), kind="stable")
     times = when.to_numpy()[order]
     cut = times[int(len(times) * (1 - test_size))]  # rows of the same moment stay together
-    first = int(np.searchsorted(times, cut, side="left")) or int(np.searchsorted(times, cut, side="right"))
+    first = int(np.searchsorted(times, cut, side="left")) or int(
+        np.searchsorted(times, cut, side="right")
+    )
     if first == len(times):
         raise MetricError(f"Column {when.name!r} holds one moment only; there is no before and after.")
     return Split(order[:first], order[first:], f"by time ({when.name})")
@@ -366,7 +402,7 @@ def _split_by_group(y: np.ndarray, groups: np.ndarray, task: str, test_size: flo
     train, test = next(splitter.split(np.zeros(len(y)), y, groups))
     return Split(train, test, "by group")
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #1dd23de4
+# %% ../../notebooks/2_training/20_metrics.ipynb #b6a0ad77
 class Model(Protocol):
     "What a fit function returns: a model that takes the raw columns it was trained on."
 
@@ -382,10 +418,17 @@ class Fit(Protocol):
     "A function that trains one kind of model; every kind has this signature."
 
     def __call__(
-        self, kind: str, data: pd.DataFrame, y: pd.Series, *, task: str, params: dict[str, Any] | None, seed: int
+        self,
+        kind: str,
+        data: pd.DataFrame,
+        y: pd.Series,
+        *,
+        task: str,
+        params: dict[str, Any] | None,
+        seed: int,
     ) -> Model: ...
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #64932e7a
 def data_version(
     data: pd.DataFrame,  # any frame
 ) -> str:  # sha256 of its columns and values
@@ -398,7 +441,7 @@ def data_version(
         digest.update(pd.util.hash_pandas_object(plain, index=False).to_numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #c0efcfef
+# %% ../../notebooks/2_training/20_metrics.ipynb #c67cf434
 @dataclass
 class TrainingResult:
     "A trained model with what it was told, what it was trained on and what it reached."
@@ -443,22 +486,24 @@ class TrainingResult:
 
     def interval(self, metric: str = "f1_weighted", n: int = 300) -> Interval:
         "The bootstrap interval of a metric on the test rows."
-        measure = lambda y, p, q: compute_metrics(self.task, y, p, q, self.classes)[metric]  # type: ignore[arg-type]
+        task: Any = self.task
+        measure = lambda y, p, q: compute_metrics(task, y, p, q, self.classes)[metric]
         proba = self.proba if metric in ("auc_roc", "log_loss") else None
         return bootstrap(measure, self.y_true, self.y_pred, proba, n=n, seed=self.seed)
 
     def __repr__(self) -> str:
         first = next(iter(self.targets), next(iter(self.metrics)))
         value = self.metrics.get(first, math.nan)
-        return f"TrainingResult({self.kind}, {first}={value:.3f}, targets met: {sum(self.met.values())} of {len(self.met)})"
+        met = f"{sum(self.met.values())} of {len(self.met)}"
+        return f"TrainingResult({self.kind}, {first}={value:.3f}, targets met: {met})"
 
     def _repr_html_(self) -> str:
         return _result_html(self)
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #be922c5c
 PER_CLASS = ["precision", "recall", "f1"]
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #1d0d2727
+# %% ../../notebooks/2_training/20_metrics.ipynb #715336d3
 def _table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
     cells = "".join(f"<th>{escape(str(h))}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
@@ -483,18 +528,28 @@ def _result_html(r: TrainingResult) -> str:
     shade = lambda n: f"background:rgba(31,119,180,{0.6 * n / max(1, table.to_numpy().max()):.2f})"
     cell = lambda n: f'<div style="{shade(n)};padding:0 .8em">{n:,}</div>'
     counts = [[f"<b>{escape(str(c))}</b>", *map(cell, table.loc[c])] for c in r.classes]
-    lines = [[*row, *(f"{v:.3f}" for v in scores.loc[c, PER_CLASS])] for row, c in zip(counts, r.classes, strict=True)]
+    lines = [
+        [*row, *(f"{v:.3f}" for v in scores.loc[c, PER_CLASS])]
+        for row, c in zip(counts, r.classes, strict=True)
+    ]
     return html + _table(["true \\ predicted", *r.classes, *PER_CLASS], lines)
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #28c8da7a
 def _verdict(r: TrainingResult, metric: str) -> tuple[str, str]:
     if metric not in r.targets:
         return "", ""
     margin = r.margins[metric]
-    words = "not measured" if math.isnan(margin) else f"{'met' if r.met[metric] else 'missed'} by {abs(margin):.3f}"
-    return f"{r.targets[metric]:g}", f'<span style="color:{"#1a7f37" if r.met[metric] else "#b42318"}">{words}</span>'
+    words = (
+        "not measured"
+        if math.isnan(margin)
+        else f"{'met' if r.met[metric] else 'missed'} by {abs(margin):.3f}"
+    )
+    return (
+        f"{r.targets[metric]:g}",
+        f'<span style="color:{"#1a7f37" if r.met[metric] else "#b42318"}">{words}</span>',
+    )
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #1787cd6c
+# %% ../../notebooks/2_training/20_metrics.ipynb #4e34f9d8
 def check_target(
     data: pd.DataFrame,  # the rows to train on
     target: str,  # the column to predict
@@ -506,23 +561,31 @@ def check_target(
     if target not in data:
         close = difflib.get_close_matches(target, map(str, data.columns), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise MetricError(f"There is no column {target!r} to predict.{hint} The columns are {list(data.columns)}.")
+        raise MetricError(
+            f"There is no column {target!r} to predict.{hint} The columns are {list(data.columns)}."
+        )
     y = data[target]
     numeric = pd.api.types.is_numeric_dtype(y) and not pd.api.types.is_bool_dtype(y)
     missing = int(y.isna().sum()) + (int(np.isinf(y.astype(float)).sum()) if numeric else 0)
     if missing:
-        raise MetricError(f"{missing} of {len(y)} values of the target {target!r} are missing; drop those rows first.")
+        raise MetricError(
+            f"{missing} of {len(y)} values of the target {target!r} are missing; drop those rows first."
+        )
     if y.nunique() < 2:
-        raise MetricError(f"The target {target!r} is {y.iloc[0]} in every row; there is nothing to learn.")
+        raise MetricError(
+            f"The target {target!r} is {y.iloc[0]} in every row; there is nothing to learn."
+        )
     if task is not None:
         if task not in KNOWN:
             raise MetricError(f"There is no task {task!r}. Use one of: {', '.join(KNOWN)}.")
         if task != "classification" and not numeric:
             raise MetricError(f"{task} needs numbers to predict; {target!r} holds {str(y.iloc[0])!r}.")
         return task  # type: ignore[return-value]
-    return "regression" if numeric and (y.nunique() > 20 or bool((y % 1 != 0).any())) else "classification"
+    return (
+        "regression" if numeric and (y.nunique() > 20 or bool((y % 1 != 0).any())) else "classification"
+    )
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #f78f62e2
+# %% ../../notebooks/2_training/20_metrics.ipynb #ba7d2808
 def train_with(
     fit: Fit,  # trains one kind
     kind: str,  # which
@@ -541,12 +604,20 @@ def train_with(
     "Declare targets, split, train on the training rows, measure on the test rows."
     task = check_target(data, target, task)
     goals = declare_targets(task, targets)
-    if (needs := {"timeseries": "time", "ranking": "group"}.get(task)) and not (time if needs == "time" else group):
-        raise MetricError(f"A {task} task needs {needs}=, the column that says {'when' if time else 'which'} a row is.")
+    if (needs := {"timeseries": "time", "ranking": "group"}.get(task)) and not (
+        time if needs == "time" else group
+    ):
+        raise MetricError(
+            f"A {task} task needs {needs}=, the column that says {'when' if time else 'which'} a row is."
+        )
     parts = split(data, target, task=task, group=group, time=time, test_size=test_size, seed=seed)
-    columns = [c for c in data.columns if c not in (target, group)] if features is None else list(features)
+    columns = (
+        [c for c in data.columns if c not in (target, group)] if features is None else list(features)
+    )
     if absent := [c for c in columns if c not in data]:
-        raise MetricError(f"The data lack the columns {absent}; a model needs every column that it is to learn from.")
+        raise MetricError(
+            f"The data lack the columns {absent}; a model needs every column that it is to learn from."
+        )
     train, test = data.iloc[parts.train], data.iloc[parts.test]
     start = clock.perf_counter()
     family = task if task == "classification" else "regression"
@@ -563,14 +634,24 @@ def train_with(
         data_version=data_version(train), seed=seed, split=parts.how, history=dict(model.history),
     )  # fmt: skip
 
-
+# %% ../../notebooks/2_training/20_metrics.ipynb #2b84a716
 def _measure(
-    model: Any, data: pd.DataFrame, target: str, task: Task, classes: list | None, goals: Targets, group: str | None
+    model: Any,
+    data: pd.DataFrame,
+    target: str,
+    task: Task,
+    classes: list | None,
+    goals: Targets,
+    group: str | None,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray, np.ndarray | None]:
     y_true, y_pred = data[target].to_numpy(), np.asarray(model.predict(data))
     proba = np.asarray(model.predict_proba(data)) if task == "classification" else None
     groups = data[group].to_numpy() if task == "ranking" and group else None
-    places = {int(name.partition("@")[2]) for name in goals.values if "@" in name} if task == "ranking" else {10}
+    places = (
+        {int(name.partition("@")[2]) for name in goals.values if "@" in name}
+        if task == "ranking"
+        else {10}
+    )
     metrics: dict[str, float] = {}
     for k in sorted(places or {10}):
         metrics |= compute_metrics(task, y_true, y_pred, proba, classes, groups, k)

@@ -186,7 +186,7 @@ def test_texts_without_a_common_word_are_refused():
 @pytest.mark.parametrize(
     ("kind", "task", "params", "words"),
     [
-        ("logistik", "classification", {}, "did you mean 'logistic'"),
+        ("logistik", "classification", {}, "Did you mean .logistic."),
         ("ridge", "classification", {}, "does regression"),
         ("svm", "regression", {}, "does classification"),
         ("logistic", "classification", {"c": 1}, "no setting 'c'"),

@@ -268,7 +268,7 @@ def models(
     table = pd.DataFrame({"name": pd.array([m.name for m in found], dtype=object)})
     return table.assign(champion=at("champion"), challenger=at("challenger"), changed=changed)
 
-# %% ../../notebooks/3_registry/31_gates.ipynb #0103125b
+# %% ../../notebooks/3_registry/31_gates.ipynb #fad505ca
 def unseen(
     exam: Exam,
     *sitting: Version,
@@ -276,7 +276,7 @@ def unseen(
     "Which rows of an exam are fair."
     fair = np.ones(len(exam.frame), dtype=bool)
     for version in sitting:
-        fair &= ~np.isin(fingerprints(exam.frame, version.report["features"]), version.training_rows)
+        fair &= ~np.isin(fingerprints(exam.frame, version.report["named_by"]), version.training_rows)
     return fair
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #77e0cdaf

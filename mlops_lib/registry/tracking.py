@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'TRUSTED', 'SEPARATOR', 'LIBRARIES', 'TrackingError', 'empty_store', 'open_store', 'log_batches',
            'UntrustedModel', 'read_model', 'Vocabulary', 'pack', 'git_version', 'environment', 'requirements',
-           'fingerprints', 'confusion_svg', 'bars_svg', 'save_model', 'safe_name', 'flatten', 'user', 'experiment_id',
-           'log_run', 'runs', 'registry_lock', 'register', 'model_uri', 'load_model']
+           'fingerprints', 'confusion_svg', 'bars_svg', 'save_model', 'safe_name', 'flatten', 'user', 'named_by',
+           'experiment_id', 'log_run', 'runs', 'registry_lock', 'register', 'model_uri', 'load_model']
 
 # %% ../../notebooks/3_registry/30_tracking.ipynb #9f50d580
 import os
@@ -243,7 +243,7 @@ def environment() -> dict[str, str]:  # name -> version
             continue
     return found
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #0cb57e1b
+# %% ../../notebooks/3_registry/30_tracking.ipynb #73a477ef
 def requirements(
     kind: str,  # of the model
 ) -> list[str]:  # pinned lines for pip
@@ -259,7 +259,7 @@ def fingerprints(
     data: pd.DataFrame,
     columns: Sequence[str],  # what counts: rows that agree in these are the same row
 ) -> np.ndarray:  # a 64-bit number for each row: the same row gives the same number anywhere
-    "Name each row by its content."
+    "Name each row by its content; capitals and spaces do not count."
     missing = [c for c in columns if c not in data]
     if missing:
         raise TrackingError(f"No columns {missing} to name rows by; the frame has {list(data.columns)}.")
@@ -269,7 +269,7 @@ def fingerprints(
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             plain[name] = column.astype(float) + 0.0  # 1 and 1.0 are the same, and so are 0.0 and -0.0
         else:
-            plain[name] = column.astype(object).where(column.notna(), "").map(str)
+            plain[name] = column.map(lambda v: "" if pd.isna(v) else " ".join(str(v).casefold().split()))
     return pd.util.hash_pandas_object(pd.DataFrame(plain), index=False, categorize=False).to_numpy()
 
 # %% ../../notebooks/3_registry/30_tracking.ipynb #56a4e57f
@@ -388,7 +388,7 @@ def _metrics(result: TrainingResult) -> list[Metric]:
         points += [Metric(key, float(value), now, step) for step, value in enumerate(curve)]
     return points
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #e90ea691
+# %% ../../notebooks/3_registry/30_tracking.ipynb #814d1dba
 def user() -> str:
     "Who is doing this; a container may have no names."
     try:
@@ -408,6 +408,14 @@ def _tags(result: TrainingResult, more: Mapping[str, str] | None) -> dict[str, s
     }  # fmt: skip
     return tags | {name: str(value) for name, value in (more or {}).items()}
 
+# %% ../../notebooks/3_registry/30_tracking.ipynb #d340686f
+def named_by(
+    result: TrainingResult,
+) -> list[str]:  # columns
+    "What makes a row the same row: its texts, as features made from them may change; without any, all."
+    roles = getattr(result.model, "roles", {})
+    return [c for c in result.features if roles.get(c) == "text"] or list(result.features)
+
 
 def _training_rows(result: TrainingResult, data: pd.DataFrame) -> np.ndarray:
     fits = len(data) > max(result.test_index, default=-1) and all(c in data for c in result.features)
@@ -419,13 +427,13 @@ def _training_rows(result: TrainingResult, data: pd.DataFrame) -> np.ndarray:
             "trained on: its test rows or columns are not there. Pass the frame that train() was given."
         )
     train = np.setdiff1d(np.arange(len(data)), result.test_index)
-    return np.unique(fingerprints(data.iloc[train], result.features))
+    return np.unique(fingerprints(data.iloc[train], named_by(result)))
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #413f28ab
+# %% ../../notebooks/3_registry/30_tracking.ipynb #24c9b874
 def _write_report(result: TrainingResult, folder: Path, data: pd.DataFrame | None) -> None:
     folder.mkdir()
     facts = ("targets", "met", "margins", "features", "classes")
-    told: dict[str, Any] = {name: getattr(result, name) for name in facts}
+    told: dict[str, Any] = {name: getattr(result, name) for name in facts} | {"named_by": named_by(result)}
     if result.classes:
         table = result.confusion
         told["confusion"] = table.to_numpy().tolist()

@@ -557,3 +557,19 @@ def test_a_regression_is_compared_by_its_error(runs_of):
     d = promote(2, exam, name="price", store=store)
     assert d.passed
     assert d.reason.startswith("rmse +")
+
+
+def test_a_message_is_recognised_though_its_features_are_computed_differently(runs_of):
+    store, _ = runs_of
+    rng = np.random.default_rng(5)
+    words = ["good", "bad", "fine", "slow", "fast", "refund", "broken", "love", "hate", "late", "great", "rude"]
+    rows = pd.DataFrame({"text": [" ".join(rng.choice(words, 8)) for _ in range(400)]})
+    rows["length"] = rows.text.str.len()
+    rows["label"] = rows.text.str.contains("good|love").astype(int)
+    done = train("logistic", rows.head(200), "label", targets={}, params={"chars": 0, "shift": False})
+    register(log_run(done, rows.head(200), store=store), "letters", store=store)
+    train_rows = np.setdiff1d(np.arange(200), done.test_index)
+    exam = freeze_exam(rows.assign(length=rows.length / 100), "label", "letters")
+    fair = unseen(exam, find(1, "letters", store=store))
+    assert not fair[train_rows].any()
+    assert fair[200:].sum() >= 195, "only a text that occurs twice may be taken for seen"

@@ -170,6 +170,7 @@ def test_a_row_keeps_its_name_across_order_type_and_parquet(data, tmp_path):
     assert (pd.Series(fingerprints(mixed, columns), mixed.index).sort_index() == names).all()
     assert (fingerprints(data.assign(count=data["count"].astype(float)), columns) == names).all(), "1 is 1.0"
     assert (fingerprints(data.assign(note=data.note.astype(object)), columns) == names).all()
+    assert (fingerprints(data.assign(note="  " + data.note.str.upper().str.replace(" ", "\n")), columns) == names).all()
 
 
 def test_another_value_is_another_row(data):
@@ -336,7 +337,8 @@ def test_a_run_holds_what_was_asked_for(result, data, store, tmp_path):
     assert report["classes"] == ["no", "yes"]
     seen = np.load(store.download_artifacts(run_id, "training_rows.npy"))
     train_rows = np.setdiff1d(np.arange(len(data)), result.test_index)
-    assert set(seen) == set(fingerprints(data.iloc[train_rows], result.features))
+    assert report["named_by"] == ["note"], "a row with a text is named by it"
+    assert set(seen) == set(fingerprints(data.iloc[train_rows], ["note"]))
 
 
 def test_the_model_has_signature_example_and_fixed_requirements(result, data, store):

@@ -459,9 +459,9 @@ def train(
         "version": None,
     }
     if cv:
-        scores = training.cross_validate(
-            result.kind, rows, target, _pairs(pairs) or None, group, when, seed, cv
-        )
+        tuned = {k: v for k, v in result.params.items() if k not in ("seed", "trees")}
+        settings = tuned if tune else _pairs(pairs) or None
+        scores = training.cross_validate(result.kind, rows, target, settings, group, when, seed, cv)
         told["cv"] = {"splits": cv, "mean": scores.mean, "sd": scores.sd}
     if log or model:
         told |= _record(result, training.read_rows(rows, target), model)

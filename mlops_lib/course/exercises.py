@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ def hidden_test(
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #b540ff08
 STUB = 'raise NotImplementedError("Not solved yet: replace this line with your code. The task stands above this cell.")'
+_converting = threading.Lock()  # nbgrader changes the working folder of the whole process
 
 
 def release(
@@ -61,7 +63,7 @@ def release(
     from nbgrader.preprocessors import SaveCells
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with _converting, tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "solutions", "part").mkdir(
             parents=True
         )  # alone: nbgrader copies whatever lies beside it
@@ -112,7 +114,9 @@ def run_graded(
     where = {"metadata": {"path": str(cwd)}}
     with tempfile.TemporaryDirectory(prefix="mlops-") as sockets:
         config = ipc_config(Path(sockets))
-        client = NotebookClient(notebook, timeout=timeout, allow_errors=True, resources=where, config=config)
+        client = NotebookClient(
+            notebook, timeout=timeout, allow_errors=True, resources=where, config=config
+        )
         client.execute(env=os.environ | ENVIRONMENT)
     graded = []
     for cell in notebook.cells:
@@ -181,10 +185,3 @@ def check_all(
     "Check several exercises side by side."
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(check_exercise, paths)
-
-# %% ../../notebooks/9_course/93_exercises.ipynb #9267f908
-if __name__ == "__main__" and "__file__" in globals():
-    import sys
-
-    for arg in sys.argv[2:]:
-        print(check_exercise(Path(arg)))

@@ -113,7 +113,7 @@ def _probability_metrics(true: np.ndarray, proba: np.ndarray, names: list) -> di
         found["auc_roc"] = np.average(areas, weights=is_class[:, seen].mean(axis=0))
     return found
 
-# %% ../../notebooks/2_training/20_metrics.ipynb #3f8d6ecc
+# %% ../../notebooks/2_training/20_metrics.ipynb #1bb49b61
 @dataclass(frozen=True)
 class Interval:
     "A metric and how far it would move on another sample of rows."
@@ -121,7 +121,10 @@ class Interval:
     value: float
     low: float
     high: float
-    samples: np.ndarray = field(repr=False)
+    samples: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def bootstrap(

@@ -838,6 +838,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mlops_lib/training/metrics.py'),
                                             'mlops_lib.training.metrics.Interval': ( '2_training/metrics.html#interval',
                                                                                      'mlops_lib/training/metrics.py'),
+                                            'mlops_lib.training.metrics.Interval.__repr__': ( '2_training/metrics.html#interval.__repr__',
+                                                                                              'mlops_lib/training/metrics.py'),
                                             'mlops_lib.training.metrics.MetricError': ( '2_training/metrics.html#metricerror',
                                                                                         'mlops_lib/training/metrics.py'),
                                             'mlops_lib.training.metrics.Model': ( '2_training/metrics.html#model',

@@ -104,7 +104,7 @@ def test_the_library_imports_only_declared_dependencies() -> None:
     modules = {"sklearn": "scikit-learn", "yaml": "pyyaml", "xgboost": "xgboost-cpu", "IPython": "ipython"}
     modules |= {"pythonjsonlogger": "python-json-logger", "sentence_transformers": "sentence-transformers"}
     declared = {requirement.name.lower().replace("_", "-") for requirement in requirements()}
-    indirect = {"nbformat", "traitlets", "tokenizers", "transformers", "joblib"}
+    indirect = {"nbformat", "traitlets", "tokenizers", "transformers"}
     for path in (ROOT / "mlops_lib").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -8,12 +8,13 @@ __all__ = ['log', 'TRUSTED', 'SEPARATOR', 'LIBRARIES', 'TrackingError', 'empty_s
            'fingerprints', 'confusion_svg', 'bars_svg', 'save_model', 'safe_name', 'flatten', 'user', 'named_by',
            'experiment_id', 'log_run', 'runs', 'registry_lock', 'register', 'model_uri', 'load_model']
 
-# %% ../../notebooks/3_registry/30_tracking.ipynb #9f50d580
+# %% ../../notebooks/3_registry/30_tracking.ipynb #64c27699
 import os
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # these three are read when MLflow is imported
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # these are read when MLflow is imported
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import copy
 import functools

@@ -1,7 +1,13 @@
 """The feature store: what was known at a moment is the same in training, in serving and in plain Python."""
 
+import atexit
+import functools
 import importlib.util
+import os
+import shutil
 import socket
+import subprocess
+import tempfile
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -93,19 +99,44 @@ def forget(redis: RedisOnline) -> None:
 
 def redis_or_skip() -> RedisOnline:
     if importlib.util.find_spec("redis") is None:
-        pytest.skip("Redis not tested: the package `redis` is not installed")
+        not_run("Redis not tested: the package `redis` is not installed")
+    return RedisOnline(f"redis://127.0.0.1:{redis_port()}/15")
+
+
+@functools.cache
+def redis_port() -> int:
+    "The port of a server that answers already, or of one started here in a folder of its own."
+    if answers(6379):
+        return 6379
+    if not shutil.which("redis-server"):
+        not_run("Redis not tested: no server answers at 127.0.0.1:6379 and redis-server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    atexit.register(server.terminate)
+    while not answers(port):
+        assert server.poll() is None, "redis-server ended at once"
+    return port
+
+
+def answers(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", 6379), timeout=1).close()
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
-        pytest.skip("Redis not tested: no server answers at 127.0.0.1:6379")
-    return RedisOnline("redis://127.0.0.1:6379/15")
+        return False
+    return True
+
+
+def not_run(reason: str) -> None:
+    (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") else pytest.skip)(reason)
 
 
 @given(st.lists(event, max_size=25), hours)
 @settings(max_examples=25, deadline=None)
 def test_online_is_offline_sqlite(events: list[tuple], hour: int) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         check_online_is_offline(FeatureStore(folder, SQLiteOnline(Path(folder) / "o.db")), events, hour)
 
@@ -113,8 +144,6 @@ def test_online_is_offline_sqlite(events: list[tuple], hour: int) -> None:
 @given(st.lists(event, max_size=25), hours)
 @settings(max_examples=10, deadline=None)
 def test_online_is_offline_redis(events: list[tuple], hour: int) -> None:
-    import tempfile
-
     online = redis_or_skip()
     with tempfile.TemporaryDirectory() as folder:
         try:

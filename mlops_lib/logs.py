@@ -75,7 +75,7 @@ class ShortLines(logging.Formatter):
         line = f"{datetime.now():%H:%M:%S} {record.levelname:<7} {name}: {record.getMessage()}{rest}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
-
+# %% ../notebooks/0_start/01_logs.ipynb #f373fba8
 def get_logger(
     name: str,  # usually the module's __name__
 ) -> logging.Logger:  # under "mlops_lib", silent until setup_logging

@@ -66,7 +66,7 @@ def parse_line(
 ) -> dict[str, str | None]:  # column -> its value as text; nested values as JSON
     "Read one JSON line; raises TableError with the reason."
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=lambda constant: None)
+        row = json.loads(line.decode("utf-8").rstrip("\r\n"), parse_constant=lambda constant: None)
     except UnicodeDecodeError as e:
         raise TableError(f"not UTF-8: byte 0x{line[e.start]:02x} at position {e.start}") from None
     except json.JSONDecodeError as e:

@@ -106,7 +106,7 @@ NEAR = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wertyuioposdfghjkklxcvbnmn", stri
 def misspell(
     text: str,
     rng: Random,
-) -> str:  # with a typing error, two in a long sentence; unchanged where no word is long enough
+) -> str:  # with a typing error, two in a long sentence; some slips change nothing
     "Swap, drop, double or miss a key somewhere inside a word of four letters or more."
     for _ in range(1 + (len(text) > 50)):
         for _ in range(10):

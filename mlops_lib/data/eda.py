@@ -245,7 +245,7 @@ def distinguishing_words(
         found.append(top.assign(**{"class": str(name)})[["class", "word", "z", "messages"]])
     return pd.concat(found, ignore_index=True)
 
-
+# %% ../../notebooks/1_data/12_eda.ipynb #b3d5c832
 def plot_words(
     words: pd.DataFrame,  # from distinguishing_words
     ax: "Axes | None" = None,
@@ -373,7 +373,7 @@ def plot_correlations(
     for (i, j), value in np.ndenumerate(table.to_numpy()):
         if np.isfinite(value) and i != j:
             color = "white" if abs(value) > 0.6 else "black"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+            ax.text(j, i, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(table)), table.columns, rotation=45, ha="right")
     ax.set_yticks(range(len(table)), table.index)
     ax.set(title="How columns go together", xlabel="column", ylabel="column")
@@ -411,7 +411,7 @@ def accuracy_alone(
     guess = value[~learn].map(usual).fillna(target[learn].mode().iloc[0])
     return float((guess == target[~learn]).mean())
 
-
+# %% ../../notebooks/1_data/12_eda.ipynb #66de67da
 def warn(
     df: pd.DataFrame,
     target: str = "label",

@@ -64,7 +64,7 @@ PROBES = (
     "Room 214 was clean, quiet, and had a view over the harbour. We would come again, if prices hold.",
 )
 
-
+# %% ../../notebooks/1_data/14_embedding.ipynb #fde8172d
 def _export_float(file: Path) -> np.ndarray:
     "Write the network as ONNX in float32; give the original's vectors of PROBES. Imports torch."
     import torch
@@ -175,7 +175,7 @@ def _make(folder: Path) -> None:
         os.replace(network.with_name("about.json"), folder / "about.json")
         log.info("encoder exported", extra=about)
 
-
+# %% ../../notebooks/1_data/14_embedding.ipynb #1ba2b0b4
 def load_network(
     folder: Path,  # usually cache_folder()
     wait: float = 300,  # seconds to wait for another process that is exporting

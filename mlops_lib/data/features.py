@@ -260,7 +260,7 @@ class Selection:
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False, float_format="{:.2f}".format, na_rep="", border=0)
 
-
+# %% ../../notebooks/1_data/15_features.ipynb #d8eab1eb
 def _importances(
     x: np.ndarray, y: np.ndarray, shuffles: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -142,6 +142,31 @@ def test_targets_that_cannot_be_meant_are_refused(wrong):
         declare_targets("classification", wrong)
 
 
+@pytest.mark.parametrize(
+    "name", ["f1_wieghted", "f1_Weighted", "f1_weightd", "precision_macor", "recall_macro", "f1_micro", "f1_"]
+)
+def test_a_misspelt_average_is_no_class(name):
+    with pytest.raises(MetricError, match=name):
+        declare_targets("classification", {name: 0.8})
+
+
+def test_a_misspelt_average_is_answered_with_the_right_one():
+    for classes in (None, [0, 1, 2], ["bad", "good"]):
+        with pytest.raises(MetricError, match="Did you mean 'f1_weighted'"):
+            declare_targets("classification", {"f1_wieghted": 0.8}, classes)
+
+
+def test_where_the_classes_are_known_only_theirs_are_metrics():
+    assert declare_targets("classification", {"f1_neutral": 0.5}).values == {"f1_neutral": 0.5}
+    wanted = {"f1_neutral": 0.5, "recall_marco": 0.5, "f1": 0.8}  # Marco is a class here, not a typo
+    assert set(declare_targets("classification", wanted, ["marco", "neutral"]).values) == {*wanted} - {"f1"} | {"f1_weighted"}
+    with pytest.raises(MetricError, match="Did you mean 'f1_neutral'"):
+        declare_targets("classification", {"f1_neutrel": 0.5}, ["negative", "neutral"])
+    early = declare_targets("classification", {"recall_3": 0.5, "late": Custom(lambda y, p, q: 0.0, 1.0)})
+    with pytest.raises(MetricError, match="recall_3"):
+        declare_targets("classification", early, [0, 1, 2])
+
+
 @pytest.fixture
 def table():
     rng = np.random.default_rng(0)
@@ -283,3 +308,14 @@ def test_a_result_escapes_what_it_shows(table):
     assert r.confusion.to_numpy().sum() == len(r.y_true) and r.report()["rows"].sum() == len(r.y_true)
     i = r.interval("accuracy", n=50)
     assert i.low <= i.value <= i.high
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_training_refuses_a_target_of_a_class_that_is_not_there(table, early):
+    def never(*_, **__):
+        raise AssertionError("nothing may be trained")
+
+    targets = {"recall_nutral": 0.5}
+    targets = declare_targets("classification", targets) if early else targets
+    with pytest.raises(MetricError, match="recall_nutral"):
+        train_with(never, "any", table, "y", features=["x"], targets=targets)

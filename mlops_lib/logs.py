@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
@@ -32,12 +32,13 @@ class JsonLines(JsonFormatter):
         super().__init__(
             "%(levelname)s %(name)s %(message)s",
             rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",  # of the event, not of the writing
             json_default=str,
             json_ensure_ascii=False,
         )
 
     def process_log_record(self, log_data: dict) -> dict:
-        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        when = log_data.pop("time").isoformat(timespec="milliseconds")
         story = {"correlation_id": _correlation.get()} if _correlation.get() else {}
         shown = {k: mask(v) if isinstance(v, str) else v for k, v in log_data.items()}
         return {"time": when, **story, **shown}
@@ -72,7 +73,9 @@ class ShortLines(logging.Formatter):
             fields["correlation_id"] = _correlation.get()
         name = record.name.removeprefix("mlops_lib.")
         rest = "".join(f" {k}={mask(v)}" for k, v in fields.items())
-        line = f"{datetime.now():%H:%M:%S} {record.levelname:<7} {name}: {record.getMessage()}{rest}"
+        when = datetime.fromtimestamp(record.created)
+        line = f"{when:%H:%M:%S} {record.levelname:<7} {name}: {record.getMessage()}{rest}"
+        line = line.replace("\r", "\\r").replace("\n", "\\n")  # a text cannot forge a line here, either
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 # %% ../notebooks/0_start/01_logs.ipynb #f373fba8

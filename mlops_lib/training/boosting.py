@@ -57,26 +57,13 @@ class EarlyStopped(BaseEstimator):
             self.classes_, y = np.unique(y, return_inverse=True)
         fit, check = _carve(y, p["validation"], self.seed, classify)
         weight = compute_sample_weight("balanced", y) if classify and p["balance"] else np.ones(len(y))
-        self.model_ = (XGBClassifier if classify else XGBRegressor)(
-            n_estimators=p["rounds"], early_stopping_rounds=p["patience"], learning_rate=p["learning_rate"],
-            max_depth=p["max_depth"], min_child_weight=p["min_child_weight"], subsample=p["subsample"],
-            colsample_bytree=p["colsample"], reg_lambda=p["reg_lambda"], random_state=self.seed,
-            n_jobs=p["threads"],
-        )  # fmt: skip
+        self.model_ = _trees(p, classify, self.seed)
         parts = [(X[rows], y[rows]) for rows in (fit, check)]
         weights = [weight[fit], weight[check]]
-        self.model_.fit(
-            *parts[0],
-            sample_weight=weights[0],
-            eval_set=parts,
-            sample_weight_eval_set=weights,
-            verbose=False,
-        )
-        result = self.model_.evals_result()
-        self.history_ = {
-            name: next(iter(result[f"validation_{i}"].values()))
-            for i, name in enumerate(("train", "validation"))
-        }
+        watch: dict[str, Any] = {"eval_set": parts, "sample_weight_eval_set": weights, "verbose": False}
+        self.model_.fit(*parts[0], sample_weight=weights[0], **watch)
+        losses = [next(iter(r.values())) for r in self.model_.evals_result().values()]
+        self.history_ = dict(zip(("train", "validation"), losses, strict=True))
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -93,6 +80,14 @@ class EarlyStopped(BaseEstimator):
         return self.model_.feature_importances_
 
 # %% ../../notebooks/2_training/22_boosting.ipynb #7c5d8d93
+def _trees(p: Mapping[str, Any], classify: bool, seed: int) -> Any:
+    return (XGBClassifier if classify else XGBRegressor)(
+        n_estimators=p["rounds"], early_stopping_rounds=p["patience"], learning_rate=p["learning_rate"],
+        max_depth=p["max_depth"], min_child_weight=p["min_child_weight"], subsample=p["subsample"],
+        colsample_bytree=p["colsample"], reg_lambda=p["reg_lambda"], random_state=seed, n_jobs=p["threads"],
+    )  # fmt: skip
+
+
 def _carve(y: np.ndarray, share: float, seed: int, classify: bool) -> tuple[np.ndarray, np.ndarray]:
     rows = np.arange(len(y))
     if not classify:
@@ -124,6 +119,23 @@ def _settings(kind: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         raise BoostingError(f"balance is None or 'weights', got {chosen['balance']!r}.")
     return chosen
 
+# %% ../../notebooks/2_training/22_boosting.ipynb #51d82be0
+def _usable(kind: str, data: pd.DataFrame, y: pd.Series, task: str) -> dict[str, str]:
+    "The roles of the columns that can be learnt from; errors name what stands in the way."
+    if task == "regression" and (endless := int(np.isinf(y.to_numpy(float)).sum())):
+        raise BoostingError(f"The target is infinite in {endless} rows; remove them.")
+    if len(data) == 0 or y.isna().any() or y.nunique() < 2:
+        raise BoostingError(
+            f"{kind!r} cannot be trained on {len(data)} rows whose target has {y.isna().sum()} missing "
+            f"and {y.nunique()} different values; it needs rows, no missing target and two values."
+        )
+    roles = {c: role for c, role in column_roles(data).items() if role != "ignored"}
+    if not roles:
+        raise BoostingError(
+            f"None of the columns {list(data)} can be learnt from: each is empty, constant or an id."
+        )
+    return roles
+
 # %% ../../notebooks/2_training/22_boosting.ipynb #d0e8f3bc
 def fit_boosting(
     kind: str,  # "xgboost"
@@ -136,21 +148,10 @@ def fit_boosting(
 ) -> FittedModel:  # its .history holds the loss after each tree
     "Fit boosted trees on training rows; raises BoostingError for rows or settings that cannot be used."
     chosen = _settings(kind, params)
-    if task == "regression" and np.isinf(y.to_numpy(float)).any():
-        raise BoostingError(f"The target is infinite in {np.isinf(y.to_numpy(float)).sum()} rows; remove them.")
-    if len(data) == 0 or y.isna().any() or y.nunique() < 2:
-        raise BoostingError(
-            f"{kind!r} cannot be trained on {len(data)} rows whose target has {y.isna().sum()} missing "
-            f"and {y.nunique()} different values; it needs rows, no missing target and two values."
-        )
-    roles = column_roles(data)
-    used = [c for c, role in roles.items() if role != "ignored"]
-    if not used:
-        raise BoostingError(
-            f"None of the columns {list(data)} can be learnt from: each is empty, constant or an id."
-        )
+    roles = _usable(kind, data, y, task)
+    used = list(roles)
     model = EarlyStopped(task, seed, **{k: v for k, v in chosen.items() if k in DEFAULTS})
-    features = make_features({c: roles[c] for c in used}, chosen, len(data), task)
+    features = make_features(roles, chosen, len(data), task)
     try:
         pipeline = Pipeline([("features", features), ("model", model)]).fit(data[used], y)
     except ValueError as e:
@@ -172,12 +173,8 @@ def plot_history(
     ax = ax or plt.subplots(figsize=(6.5, 3), layout="constrained")[1]
     for name, color in (("train", "#2980b9"), ("validation", "#c0392b")):
         ax.plot(range(1, len(model.history[name]) + 1), model.history[name], label=name, color=color)
-    ax.axvline(
-        model.params["trees"],
-        color="#999999",
-        linestyle=":",
-        label=f"kept: {model.params['trees']} trees",
-    )
+    kept = model.params["trees"]
+    ax.axvline(kept, color="#999999", linestyle=":", label=f"kept: {kept} trees")
     ax.set(xlabel="trees", ylabel="loss")
     ax.legend(frameon=False)
     return ax

@@ -8,6 +8,7 @@ _folder = tempfile.TemporaryDirectory(prefix="mlops-tests-")
 os.environ["MLOPS_DATA_DIR"] = f"{_folder.name}/data"
 os.environ["MLOPS_RUNS_DIR"] = f"{_folder.name}/runs"
 os.environ["MLOPS_MLFLOW_TRACKING_URI"] = f"sqlite:///{_folder.name}/mlflow.db"
+os.environ["MLOPS_BUS_URL"] = f"sqlite:///{_folder.name}/events.db"
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tables are small: several threads wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -55,6 +55,10 @@ class Problem:
         if self.features is None:
             self.features = [c for c in self.data.columns if c not in (self.target, self.group)]
 
+    @property
+    def classes(self) -> list | None:  # of a classification
+        return sorted(self.data[self.target].unique().tolist()) if self.task == "classification" else None
+
     def only(self, rows: np.ndarray) -> "Problem":
         return replace(self, data=self.data.iloc[rows])
 
@@ -115,7 +119,8 @@ def score_fold(
     cost = {"fit_s": fitted - started, "predict_ms": 1000 * (clock.perf_counter() - fitted) / len(test)}
     proba = np.asarray(model.predict_proba(unseen)) if task == "classification" else None
     classes = list(np.unique(y.to_numpy())) if task == "classification" else None
-    return m.compute_metrics(task, y_true.to_numpy(), pred, proba, classes), cost, model
+    queries = problem.data[problem.group].to_numpy()[test] if task == "ranking" and problem.group else None
+    return m.compute_metrics(task, y_true.to_numpy(), pred, proba, classes, queries), cost, model
 
 
 def fit_task(task: str) -> str:
@@ -355,10 +360,9 @@ def choose_metric(
     task, y = problem.task, problem.data[problem.target]
     usual = {"classification": "auc_roc" if y.nunique() == 2 else "f1_weighted", "ranking": "ndcg@10"}
     chosen = m.ALIASES.get(metric, metric) if metric else usual.get(task, "rmse")
-    known = [k if "@" not in k else f"{k}10" for k in m.KNOWN[task]]
+    known = list(m.KNOWN[task])
     if task == "classification":
-        classes = sorted(set(y.astype(str)))
-        known += [f"{name}_{c}" for c in classes for name in ("precision", "recall", "f1")]
+        known += [f"{name}_{c}" for c in problem.classes or () for name in m.PER_CLASS]
     if chosen not in known:
         raise TuningError(unknown(f"{task} metric", chosen, known))
     return chosen
@@ -398,7 +402,7 @@ def tune(
     "Search on the training rows, train with the best settings, measure once on the test rows."
     problem, fixed, started = Problem(data, target, **rules), dict(params or {}), clock.perf_counter()
     fit, space, metric = fit or fit_of(kind), space or space_of(kind), choose_metric(problem, metric)
-    last = {"targets": m.declare_targets(problem.task, targets), "test_size": test_size}
+    last = {"targets": m.declare_targets(problem.task, targets, problem.classes), "test_size": test_size}
     seen = problem.only(problem.test_split(test_size).train)
     cuts = make_folds(seen, folds)
 
@@ -495,9 +499,11 @@ def plot_leaderboard(
     edge = table[front].sort_values(cost)
     right.plot(edge[cost], edge[metric], color="0.7", zorder=0)
     right.scatter(table[cost], table[metric], c=np.where(front, "C0", "0.7"), zorder=2)
-    for name, row in table.iterrows():
-        at = {"xy": (row[cost], row[metric]), "xytext": (4, 4), "textcoords": "offset points"}
-        right.annotate(str(name), **at, fontsize=8)
+    middle = np.sqrt(table[cost].min() * table[cost].max())
+    for name, row in table.iterrows():  # a name stands on the inner side of its point
+        side, shift = ("right", -6) if row[cost] > middle else ("left", 6)
+        at = {"xy": (row[cost], row[metric]), "xytext": (shift, 0), "textcoords": "offset points"}
+        right.annotate(str(name), **at, fontsize=8, ha=side, va="center")
     right.margins(x=0.25, y=0.2)
     right.set(xscale="log", xlabel=cost, ylabel=metric)
     return fig
@@ -528,7 +534,7 @@ def select(
 ) -> Selection:
     "Compare on the training rows, train the best on all of them, measure it once on the test rows."
     problem, kinds = Problem(data, target, **rules), _candidates(kinds)
-    goals = m.declare_targets(problem.task, targets)
+    goals = m.declare_targets(problem.task, targets, problem.classes)
     seen = problem.only(problem.test_split(test_size).train)
     named = {name: fit or kind for name, (kind, fit) in kinds.items()}
     table = leaderboard(named, **vars(seen), params=params, metric=metric, folds=folds)

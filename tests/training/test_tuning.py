@@ -263,3 +263,42 @@ def test_unknown_columns_and_rules_are_refused(frame):
         t.cross_validate("logistic", frame, "lable")
     with pytest.raises(TypeError, match="sed"):
         t.cross_validate("logistic", frame, "label", sed=3)
+
+
+class Scaled:
+    history = {}
+
+    def __init__(self, features, params):
+        self.features, self.params = features, params
+
+    def predict(self, data):
+        return data["x"].to_numpy() * self.params.get("factor", -1.0)
+
+
+def test_a_ranking_is_tuned_query_by_query():
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"query": np.repeat(np.arange(40), 12), "x": rng.normal(size=480)})
+    rows["relevant"] = (rows.groupby("query")["x"].rank(ascending=False) <= 2).astype(int)
+    rows["x"] += 100 * rows["query"]  # only within a query does x rank: across queries the late ones are on top
+
+    def fit(kind, data, y, *, task, params, seed):
+        return Scaled(["x"], params)
+
+    found = t.tune(
+        "scaled", rows, "relevant", fit=fit, space={"factor": FloatDistribution(0.1, 1)}, task="ranking", group="query",
+        features=["x"], targets={"ndcg@10": 0.9}, trials=2, folds=3, prune=False,
+    )  # fmt: skip
+    assert found.metric == "ndcg@10" and found.params["factor"] > 0
+    assert found.score == pytest.approx(1) and found.result.metrics["ndcg@10"] == pytest.approx(1)
+    assert found.default_score < 0.6
+
+
+def test_a_target_that_no_class_has_is_refused_before_the_search(frame, threshold):
+    def never(*_, **__):
+        raise AssertionError("nothing may be trained")
+
+    for wrong in ("f1_wieghted", "recall_2"):
+        with pytest.raises(MetricError, match=wrong):
+            t.tune("any", frame, "label", space={"cut": FloatDistribution(0, 1)}, targets={wrong: 0.8}, fit=never)
+        with pytest.raises(MetricError, match=wrong):
+            t.select({"any": never}, frame, "label", targets={wrong: 0.8})

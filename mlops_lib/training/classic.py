@@ -149,9 +149,7 @@ def _third(text: str, part: int) -> str:
 
 
 def _shape(texts: np.ndarray) -> np.ndarray:
-    counts = [
-        [len(t), len(t.split()), t.count("!"), t.count("?"), sum(map(str.isupper, t))] for t in texts
-    ]
+    counts = [[len(t), len(t.split()), t.count("!"), t.count("?"), sum(map(str.isupper, t))] for t in texts]
     size = np.array(counts, dtype=float).reshape(len(texts), len(SHAPE))
     size[:, 4] /= np.maximum(size[:, 0], 1)
     return np.log1p(size)
@@ -190,39 +188,29 @@ def text_features(
 ) -> Pipeline:  # one column of text -> a matrix
     "Word and character TF-IDF, the text's length and shape, and the sentence embedding."
     common: dict[str, Any] = {
-        "min_df": params["min_df"] if rows >= 200 else 1,
-        "max_features": params["max_features"],
-        "sublinear_tf": True,
-        "strip_accents": "unicode",
-        "dtype": np.float32,
-    }
+        "min_df": params["min_df"] if rows >= 200 else 1, "max_features": params["max_features"],
+        "sublinear_tf": True, "strip_accents": "unicode", "dtype": np.float32,
+    }  # fmt: skip
     shape = FunctionTransformer(_shape, feature_names_out=_shape_names)
     parts: list[tuple[str, Any]] = [("shape", Pipeline([("count", shape), ("scale", clone(scaler))]))]
     weights = {"shape": 0.3}
     if params["words"]:
         mark = mark_negation if params["negation"] else None
-        parts.append(
-            ("words", TfidfVectorizer(ngram_range=(1, params["words"]), preprocessor=mark, **common))
-        )
+        runs = (1, params["words"])
+        parts.append(("words", TfidfVectorizer(ngram_range=runs, preprocessor=mark, **common)))
     if params["words"] and params["thirds"]:
         for k, name in enumerate(("start", "middle", "end")):
             parts.append((name, TfidfVectorizer(preprocessor=partial(_third, part=k), **common)))
             weights[name] = 0.6
     if params["chars"]:
-        parts.append(
-            (
-                "chars",
-                TfidfVectorizer(analyzer="char_wb", ngram_range=(3, max(3, params["chars"])), **common),
-            )
-        )
+        runs = (3, max(3, params["chars"]))
+        parts.append(("chars", TfidfVectorizer(analyzer="char_wb", ngram_range=runs, **common)))
     if params["embedding"]:
         parts.append(("meaning", FunctionTransformer(_embed, feature_names_out=_embed_names)))
         weights["meaning"] = params["embedding"]
     fill = FunctionTransformer(_texts, feature_names_out="one-to-one")
-    steps: list[tuple[str, Any]] = [
-        ("fill", fill),
-        ("union", FeatureUnion(parts, transformer_weights=weights)),
-    ]
+    union = FeatureUnion(parts, transformer_weights=weights)
+    steps: list[tuple[str, Any]] = [("fill", fill), ("union", union)]
     if params["text_components"]:
         steps.append(("reduce", TruncatedSVD(min(params["text_components"], rows - 1), random_state=0)))
     return Pipeline(steps)
@@ -256,9 +244,7 @@ def make_features(
         "date": block(FunctionTransformer(_date_parts, feature_names_out=_date_names), median, scaler),
     }
     texts = of("text")
-    steps: list[tuple[str, Any, Any]] = [
-        (role, step, of(role)) for role, step in blocks.items() if of(role)
-    ]
+    steps: list[tuple[str, Any, Any]] = [(role, step, of(role)) for role, step in blocks.items() if of(role)]
     weights = {role: 0.3 if texts else 1.0 for role, *_ in steps}  # a text's features are small numbers
     steps += [(f"text_{c}", text_features(params, rows, scaler), c) for c in texts]
     sparse = bool(texts) and not params["text_components"]
@@ -323,9 +309,8 @@ class PriorShift(ClassifierMixin, BaseEstimator):
         if (folds := min(self.folds, int(counts.min()))) > 1:
             cv = StratifiedKFold(folds, shuffle=True, random_state=self.seed)
             proba = cross_val_predict(clone(self.base), X, y, cv=cv, method="predict_proba")
-            draws = np.random.default_rng(self.seed).integers(
-                len(y), size=(10, len(y))
-            )  # resamples: a steadier choice
+            draws = np.random.default_rng(self.seed).integers(len(y), size=(10, len(y)))
+            # the mean over resamples is a steadier choice
             found = [best_weights(y[rows], proba[rows], self.classes_) for rows in draws]
             self.weights_ = np.exp(np.mean(np.log(found), axis=0))
         self.base_ = clone(self.base).fit(X, y)
@@ -367,9 +352,7 @@ class Kind:
 
     make: Callable[[str, int], Any]  # (task, seed) -> estimator
     tasks: tuple[str, ...] = ("classification",)
-    defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # where they differ from the estimator's own
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the estimator's own
     dense: bool = False  # needs a dense matrix: a text's features are reduced
     positive: bool = False  # needs features ≥ 0
 
@@ -434,15 +417,11 @@ def resolve_params(
 ) -> tuple[dict[str, Any], Any]:  # all settings, the estimator with its own
     "Check a kind's settings: unknown kinds and unknown settings are refused."
     if kind not in KINDS:
-        raise ClassicError(
-            f"There is no kind {kind!r}.{_hint(kind, KINDS)} Kinds: {', '.join(KINDS)}."
-        )
+        raise ClassicError(f"There is no kind {kind!r}.{_hint(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     spec = KINDS[kind]
     if task not in spec.tasks:
         able = [name for name, k in KINDS.items() if task in k.tasks]
-        raise ClassicError(
-            f"{kind!r} does {' and '.join(spec.tasks)}, the task is {task}. Use {', '.join(able)}."
-        )
+        raise ClassicError(f"{kind!r} does {' and '.join(spec.tasks)}, the task is {task}. Use {', '.join(able)}.")
     estimator = spec.make(task, seed)
     settable = _inner(estimator).get_params(deep=False)
     dense = {"text_components": 100} if spec.dense else {}
@@ -460,9 +439,7 @@ def resolve_params(
         own["class_weight"] = "balanced" if chosen["balance"] == "weights" else None
     _inner(estimator).set_params(**own)
     if spec.positive and chosen["embedding"]:
-        raise ClassicError(
-            f"{kind!r} needs features that are not negative; an embedding has negative ones."
-        )
+        raise ClassicError(f"{kind!r} needs features that are not negative; an embedding has negative ones.")
     return {**chosen, **own, "seed": seed}, estimator
 
 # %% ../../notebooks/2_training/21_classic.ipynb #366e3d28
@@ -480,9 +457,8 @@ def build_pipeline(
 ) -> Pipeline:  # not fitted
     "From raw columns to a prediction, as one scikit-learn pipeline."
     chosen, estimator = resolve_params(kind, task, params, seed)
-    steps: list[tuple[str, Any]] = [
-        ("features", make_features(roles, chosen, rows, task, KINDS[kind].positive))
-    ]
+    features = make_features(roles, chosen, rows, task, KINDS[kind].positive)
+    steps: list[tuple[str, Any]] = [("features", features)]
     if chosen["components"]:
         steps.append(("reduce", TruncatedSVD(chosen["components"], random_state=seed)))
     shift = task == "classification" and chosen["shift"]
@@ -494,19 +470,10 @@ def check_frame(
     features: Sequence[str],  # columns that the model was trained on
 ) -> pd.DataFrame:  # these columns
     "Give a model the columns that it knows; more than these are ignored, fewer are an error."
-    frame = (
-        data
-        if isinstance(data, pd.DataFrame)
-        else data.to_pandas()
-        if hasattr(data, "to_pandas")
-        else None
-    )
-    if frame is None:
-        raise ClassicError(
-            f"A model takes a data frame, got {type(data).__name__}. Wrap it: pd.DataFrame({{...}})."
-        )
-    missing = [c for c in features if c not in frame]
-    if missing:
+    frame = data.to_pandas() if hasattr(data, "to_pandas") else data
+    if not isinstance(frame, pd.DataFrame):
+        raise ClassicError(f"A model takes a data frame, got {type(data).__name__}. Wrap it: pd.DataFrame({{...}}).")
+    if missing := [c for c in features if c not in frame]:
         raise ClassicError(
             f"The data lack the columns {missing} that the model needs; they have {list(frame.columns)}."
         )
@@ -528,11 +495,9 @@ class FittedModel:
     def predict(self, data: Any) -> np.ndarray:
         "A label or value for each row; no row gives an empty array."
         frame = check_frame(data, self.features)
-        return (
-            self.pipeline.predict(frame)
-            if len(frame)
-            else np.array([], dtype=type(self.classes[0]) if self.classes else float)
-        )
+        if not len(frame):
+            return np.array([], dtype=type(self.classes[0]) if self.classes else float)
+        return self.pipeline.predict(frame)
 
     def predict_proba(self, data: Any) -> np.ndarray:
         "A column for each of `classes`."
@@ -560,6 +525,30 @@ def _importance(pipeline: Pipeline, top: int) -> pd.Series:
     names = [n.split("__", 1)[-1] for n in pipeline[:-1].get_feature_names_out()]
     return pd.Series(values, names, name="importance").nlargest(top)
 
+# %% ../../notebooks/2_training/21_classic.ipynb #10dbb9c4
+def _check_rows(kind: str, data: pd.DataFrame, y: pd.Series, used: list[str]) -> None:
+    if len(data) == 0 or y.isna().any() or y.nunique() < 2:
+        why = "there is no row" if len(data) == 0 else f"the target is {y.iloc[0]} in every row"
+        why = "the target has missing values" if y.isna().any() else why
+        raise ClassicError(f"{kind!r} cannot be trained: {why}.")
+    if not used:
+        raise ClassicError(
+            f"None of the columns {list(data.columns)} can be learnt from: empty, constant or ids."
+        )
+
+
+def _fit(pipeline: Pipeline, data: pd.DataFrame, y: pd.Series) -> None:
+    try:
+        with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():  # threads slow sparse fits down
+            warnings.filterwarnings("ignore", "Feature .* is constant")  # it then says nothing, which is right
+            pipeline.fit(data, y)
+    except ValueError as e:
+        if "empty vocabulary" in str(e) or "no terms remain" in str(e):
+            raise ClassicError(
+                f"No word occurs in two texts; set min_df=1 or use more rows ({len(data)} now)."
+            ) from None
+        raise
+
 # %% ../../notebooks/2_training/21_classic.ipynb #46921af6
 def fit_classic(
     kind: str,  # one of KINDS
@@ -572,53 +561,18 @@ def fit_classic(
 ) -> FittedModel:
     "Fit one kind on training rows."
     chosen, _ = resolve_params(kind, task, params, seed)
-    if len(data) == 0 or y.isna().any() or y.nunique() < 2:
-        why = "there is no row" if len(data) == 0 else f"the target is {y.iloc[0]} in every row"
-        why = "the target has missing values" if y.isna().any() else why
-        raise ClassicError(f"{kind!r} cannot be trained: {why}.")
     roles = column_roles(data)
     used = [c for c, role in roles.items() if role != "ignored"]
-    if not used:
-        raise ClassicError(
-            f"None of the columns {list(data.columns)} can be learnt from: empty, constant or ids."
-        )
+    _check_rows(kind, data, y, used)
     if task == "classification" and chosen["balance"] in ("under", "over"):
         data, y = resample(data, y, chosen["balance"], seed)
     pipeline = build_pipeline(kind, {c: roles[c] for c in used}, len(data), task, params, seed)
-    try:
-        with (
-            warnings.catch_warnings(),
-            threadpool_limits(1, user_api="blas"),
-        ):  # threads slow sparse fits down
-            warnings.filterwarnings(
-                "ignore", "Feature .* is constant"
-            )  # it then says nothing, which is right
-            pipeline.fit(data[used], y)
-    except ValueError as e:
-        if "empty vocabulary" in str(e) or "no terms remain" in str(e):
-            raise ClassicError(
-                f"No word occurs in two texts; set min_df=1 or use more rows ({len(data)} now)."
-            ) from None
-        raise
-    classes = (
-        [v.item() if isinstance(v, np.generic) else v for v in pipeline.classes_]
-        if task == "classification"
-        else None
-    )
+    _fit(pipeline, data[used], y)
+    classes = pipeline.classes_.tolist() if task == "classification" else None
     return FittedModel(pipeline, used, task, classes, chosen, roles)
 
 # %% ../../notebooks/2_training/21_classic.ipynb #8ef1e378
-NOT_FEATURES = (
-    "label",
-    "stars",
-    "useful",
-    "funny",
-    "cool",
-    "review_id",
-    "user_id",
-    "business_id",
-    "date",
-)
+NOT_FEATURES = ("label", "stars", "useful", "funny", "cool", "review_id", "user_id", "business_id", "date")
 
 
 def inbox_features(
@@ -645,9 +599,8 @@ def grid_search(
 ) -> GridSearchCV:  # .best_params_ and .cv_results_; setting "model__X" is X
     "Try every combination by cross-validation of the whole pipeline: each fold fits its own vectoriser."
     chosen = {**(params or {}), "shift": False}
-    _, estimator = resolve_params(
-        kind, task, {**chosen, **{name: values[0] for name, values in grid.items()}}, seed
-    )
+    first = {name: values[0] for name, values in grid.items()}
+    _, estimator = resolve_params(kind, task, {**chosen, **first}, seed)
     roles = {c: r for c, r in column_roles(data).items() if r != "ignored"}
     prefix = "model__estimator__" if isinstance(estimator, CalibratedClassifierCV) else "model__"
     cv = (KFold if task == "regression" else StratifiedKFold)(folds, shuffle=True, random_state=seed)
@@ -673,30 +626,20 @@ class Clusters:
 # %% ../../notebooks/2_training/21_classic.ipynb #5b461789
 def cluster_texts(
     texts: Sequence[str],
-    k: int | Sequence[int] = (
-        4,
-        6,
-        8,
-        10,
-    ),  # how many groups; of several, the one with the best silhouette
+    k: int | Sequence[int] = (4, 6, 8, 10),  # how many groups; of several, the best silhouette wins
     top: int = 6,  # words that describe a group
     seed: int = settings.seed,
 ) -> Clusters:
     "Group messages by their words: TF-IDF, reduced to 50 directions, then k-means."
     numbers = [k] if isinstance(k, int) else list(k)
     if len(texts) <= max(numbers) or min(numbers) < 2:
-        raise ClassicError(
-            f"{len(texts)} messages cannot be put into {numbers} groups; use 2 or more."
-        )
-    vectoriser = TfidfVectorizer(
-        stop_words=sorted(ENGLISH_STOP_WORDS), min_df=2, max_df=0.3, sublinear_tf=True
-    )
+        raise ClassicError(f"{len(texts)} messages cannot be put into {numbers} groups; use 2 or more.")
+    stop = sorted(ENGLISH_STOP_WORDS)
+    vectoriser = TfidfVectorizer(stop_words=stop, min_df=2, max_df=0.3, sublinear_tf=True)
     try:
         matrix = vectoriser.fit_transform(texts)
     except ValueError:
-        raise ClassicError(
-            "The messages share no words, so there is nothing to group them by."
-        ) from None
+        raise ClassicError("The messages share no words, so there is nothing to group them by.") from None
     reduce = TruncatedSVD(min(50, matrix.shape[1] - 1), random_state=seed)
     points = Normalizer().fit_transform(reduce.fit_transform(matrix))
     found = {n: KMeans(n, n_init=3, random_state=seed).fit_predict(points) for n in numbers}
@@ -706,14 +649,7 @@ def cluster_texts(
     labels, names = found[best], vectoriser.get_feature_names_out()
     rows = []
     for group in range(best):
-        weight = (
-            np.asarray(matrix[labels == group].mean(axis=0)).ravel()
-            - np.asarray(matrix.mean(axis=0)).ravel()
-        )
-        rows.append(
-            {
-                "messages": int((labels == group).sum()),
-                "words": ", ".join(names[weight.argsort()[::-1][:top]]),
-            }
-        )
+        more = np.asarray(matrix[labels == group].mean(axis=0) - matrix.mean(axis=0)).ravel()
+        words = ", ".join(names[more.argsort()[::-1][:top]])
+        rows.append({"messages": int((labels == group).sum()), "words": words})
     return Clusters(labels, pd.DataFrame(rows).rename_axis("group"), tried[best], tried)

@@ -6,7 +6,7 @@
 __all__ = ['Launch', 'HOST', 'SERVICES', 'PLACES', 'NotHealthy', 'check_redis', 'check_amqp', 'check_postgres', 'check_http',
            'free_port', 'Service', 'find_program', 'ServerError', 'Home', 'Server', 'server']
 
-# %% ../notebooks/0_start/02_servers.ipynb #056908f4
+# %% ../notebooks/0_start/02_servers.ipynb #cc4f5fb3
 import glob
 import json
 import logging
@@ -24,13 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import psutil
 
-from .settings import Settings, load_settings, mask
+from .settings import find_root
 
-# %% ../notebooks/0_start/02_servers.ipynb #cf778c3d
+# %% ../notebooks/0_start/02_servers.ipynb #1b657ac3
 class NotHealthy(ConnectionError):
     "A server does not answer as a healthy one would. The message says how it failed."
 
@@ -69,14 +69,12 @@ def check_amqp(url: str) -> None:
 
 def check_postgres(url: str) -> None:
     "Log in, SELECT 1."
-    import psycopg2
+    import psycopg
 
     try:
-        db = psycopg2.connect(url, dbname="postgres", connect_timeout=3)
-        with db, db.cursor() as cursor:
-            cursor.execute("SELECT 1")
-        db.close()
-    except psycopg2.Error as e:
+        with psycopg.connect(url, dbname="postgres", connect_timeout=3) as db:
+            db.execute("SELECT 1")
+    except psycopg.Error as e:
         raise NotHealthy(f"no answer to SELECT 1: {str(e).strip()}") from e
 
 
@@ -98,7 +96,7 @@ def check_http(
 
     return check
 
-# %% ../notebooks/0_start/02_servers.ipynb #8f982cf3
+# %% ../notebooks/0_start/02_servers.ipynb #c65a66e4
 Launch = tuple[list[str], dict[str, str]]  # a command and what it adds to the environment
 HOST = "127.0.0.1"
 
@@ -167,17 +165,18 @@ def _postgres(s: "Server") -> Launch:
 
 def _create_database(url: str) -> None:
     "Make the database that a PostgreSQL address names, where it is missing."
-    import psycopg2
-    from psycopg2.sql import SQL, Identifier
+    import psycopg
+    from psycopg.sql import SQL, Identifier
 
     name = unquote(urlsplit(url).path.strip("/"))
-    db = psycopg2.connect(url, dbname="postgres", connect_timeout=3)
-    db.autocommit = True
-    with db.cursor() as cursor:
-        cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
-        if name and not cursor.fetchone():
-            cursor.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
-    db.close()
+    try:
+        # autocommit: a database cannot be made inside of a transaction
+        with psycopg.connect(url, dbname="postgres", connect_timeout=3, autocommit=True) as db:
+            known = db.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
+            if name and not known:
+                db.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
+    except psycopg.Error as e:
+        raise NotHealthy(f"there is no database {name!r}, and it cannot be made: {str(e).strip()}") from e
 
 
 def _mlflow(s: "Server") -> Launch:
@@ -198,11 +197,11 @@ def _chroma(s: "Server") -> Launch:
 
 
 def _prometheus(s: "Server") -> Launch:
-    shared = load_settings().root / "deploy" / "prometheus" / "prometheus.yml"
-    alone = ["scrape_configs:", "- job_name: prometheus", f"  static_configs: [{{targets: ['{HOST}:{s.port}']}}]"]
-    config = str(shared) if shared.is_file() else s.write("prometheus.yml", alone)
+    shared = find_root() / "deploy" / "prometheus" / "prometheus.yml"  # the one that containers read too
+    text = shared.read_text() if shared.is_file() else "scrape_configs: []"
+    text = text.replace(f"{HOST}:9090", f"{HOST}:{s.port}").replace("targets/", f"{shared.parent}/targets/")
     args = [f"--web.listen-address={HOST}:{s.port}", f"--storage.tsdb.path={s.data}"]
-    return [s.program, f"--config.file={config}", *args], {}
+    return [s.program, f"--config.file={s.write('prometheus.yml', [text])}", *args], {}
 
 # %% ../notebooks/0_start/02_servers.ipynb #4f484c49
 @dataclass(frozen=True)
@@ -322,7 +321,7 @@ def _wait_gone(processes: list[psutil.Process], seconds: float) -> bool:
         time.sleep(0.02)
     return True
 
-# %% ../notebooks/0_start/02_servers.ipynb #5056cbcf
+# %% ../notebooks/0_start/02_servers.ipynb #bce7cf40
 class Server(Home):
     "One server that can be started, checked, ended and killed; the same folder again is the same data again."
 
@@ -338,6 +337,7 @@ class Server(Home):
         super().__init__(folder)
         self.service, self.database = SERVICES[name], database
         self.url: str = url or self.record.get("url") or self.service.url.format(port=free_port())
+        self.moved: dict[str, list[str]] = self.record.get("moved", {})  # setting -> [value, real value]
         address = urlsplit(self.url)
         self.port = address.port
         self.user, self.password = unquote(address.username or ""), unquote(address.password or "")
@@ -368,12 +368,12 @@ class Server(Home):
                     start_new_session=True,  # Ctrl-C in this terminal is not meant for it
                 )
             child.returncode = 0  # psutil watches it from here on, in this process and in later ones
-            self.note(how="started", pid=child.pid, started=psutil.Process(child.pid).create_time())
+            self.note("started", pid=child.pid, started=psutil.Process(child.pid).create_time())
         return self.wait()
 
-    def note(self, **facts: Any) -> None:
-        "Write server.json."
-        self.write("server.json", [json.dumps({"url": self.url, **facts})])
+    def note(self, how: str, **facts: Any) -> None:
+        "Write down how the server came up, for later commands."
+        self.write("server.json", [json.dumps({"how": how, "url": self.url, "moved": self.moved, **facts})])
 
     def wait(self) -> "Server":
         "Wait until it is healthy."

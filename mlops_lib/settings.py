@@ -121,12 +121,12 @@ def from_environment(
                 break
     return found
 
-# %% ../notebooks/0_start/00_settings.ipynb #027920c1
+# %% ../notebooks/0_start/00_settings.ipynb #ddeb5448
 def moved_addresses(
     settings: Settings,  # as configured
 ) -> dict[str, str]:  # setting -> where that server really is
     "The settings whose server was started at another address; raises SettingsError for a note that is damaged."
-    found = {}
+    found: dict[str, str] = {}
     for note in sorted((settings.data_dir / "stack").glob("*/server.json")):
         try:
             moved = json.loads(note.read_text()).get("moved", {})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'AUTO', 'TrainError', 'find_fit', 'Rows', 'read_rows', 'train', 'check_targets', 'for_any_task', 'candidates',
-           'cross_validate', 'leaderboard']
+           'repeat_splits', 'cross_validate', 'leaderboard']
 
 # %% ../../notebooks/2_training/29_train.ipynb #c2c3f244
 import difflib
@@ -192,6 +192,38 @@ def candidates(
         except TrainError:
             continue
     return found
+
+# %% ../../notebooks/2_training/29_train.ipynb #2d3f86cd
+def repeat_splits(
+    kind: str,  # one of KINDS
+    data: Any = None,  # see read_rows
+    target: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    group: str | None = None,
+    seeds: Iterable[int] = (100, 101, 102),  # a split for each
+    test_size: float = 0.2,
+    *,
+    task: Any = None,
+) -> Any:  # a data frame: a row for each seed, a column for each metric
+    "Score a kind on several splits: what `train` reaches with each of the seeds."
+    seeds = list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise TrainError(f"Every seed is a split; give one or more, each once, got {seeds}.")
+    if task == "timeseries":
+        raise TrainError("A forecast has one split, what came last; use cross_validate with time=.")
+    fit, read = find_fit(kind), read_rows(data, target, group)
+    from pandas import DataFrame
+
+    from mlops_lib.training import tuning
+
+    rules: Any = {"features": read.features, "task": task or read.task, "group": group}
+    scores = []
+    for seed in seeds:
+        problem = tuning.Problem(read.frame, read.target, seed=seed, **rules)
+        parts = problem.test_split(test_size)
+        how = fit, kind, params or {}, parts.train, parts.test
+        scores.append(tuning.score_fold(problem, *how)[0])
+    return DataFrame(scores, index=seeds).rename_axis("seed")
 
 # %% ../../notebooks/2_training/29_train.ipynb #e537b094
 def cross_validate(

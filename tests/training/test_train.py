@@ -11,7 +11,16 @@ import pytest
 
 import mlops_lib.training as training
 from mlops_lib.data.tables import TableError, as_table, load_example
-from mlops_lib.training import KINDS, TrainError, cross_validate, find_fit, leaderboard, read_rows, train
+from mlops_lib.training import (
+    KINDS,
+    TrainError,
+    cross_validate,
+    find_fit,
+    leaderboard,
+    read_rows,
+    repeat_splits,
+    train,
+)
 
 TELCO = Path(__file__).parents[3] / "shared" / "data" / "telco_churn.csv"
 QUICK = {"shift": False, "chars": 0}
@@ -200,6 +209,33 @@ def test_a_kind_of_ones_own(cells, monkeypatch):
 def test_cross_validation_takes_the_same_data(inbox, cells):
     assert cross_validate("logistic", inbox, params=QUICK, folds=3).mean["f1_weighted"] > 0.9
     assert len(cross_validate("logistic", cells, params=QUICK, folds=4).folds) == 4
+
+
+def test_repeated_splits_are_what_train_reaches_with_each_seed(inbox, cells):
+    for data, params in ((inbox, {"chars": 0}), (cells, QUICK)):
+        table = repeat_splits("logistic", data, params=params, seeds=(7, 8))
+        assert table.index.tolist() == [7, 8]
+        for seed in (7, 8):
+            assert table.loc[seed].to_dict() == train("logistic", data, params=params, seed=seed).metrics
+
+
+def test_repeated_splits_keep_groups_apart(monkeypatch):
+    rng, seen = np.random.default_rng(0), []
+    data = pd.DataFrame({"who": rng.integers(0, 40, 400), "a": rng.normal(size=400), "y": rng.integers(0, 2, 400)})
+
+    def fit_spy(kind, rows, y, **how):
+        seen.append((set(data.who[rows.index]), set(data.who.drop(rows.index)), list(rows)))
+        return find_fit("logistic")("logistic", rows, y, **how)
+
+    monkeypatch.setitem(KINDS, "spy", fit_spy)
+    assert len(repeat_splits("spy", data, "y", params=QUICK, group="who", seeds=(1, 2))) == 2
+    assert all(not train & test and columns == ["a"] for train, test, columns in seen)
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": ()}, {"seeds": (1, 2, 1)}, {"task": "timeseries"}, {"kind": "logistik"}])
+def test_repeated_splits_that_make_no_sense_are_refused(cells, wrong):
+    with pytest.raises(TrainError, match=r"seed|Every|time=|logistic"):
+        repeat_splits(**({"kind": "logistic", "data": cells} | wrong))
 
 
 @pytest.mark.skipif(not TELCO.is_file(), reason=f"{TELCO} is not here")

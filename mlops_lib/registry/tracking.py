@@ -144,7 +144,7 @@ TRUSTED = (
     "xgboost.core.Booster", "xgboost.sklearn.XGBClassifier", "xgboost.sklearn.XGBRegressor",
 )  # fmt: skip
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #e9f70a12
 def read_model(
     folder: Path,  # an MLflow model
     trusted: Sequence[str] = TRUSTED,  # types that may be loaded besides those that skops knows
@@ -448,7 +448,7 @@ def _write_report(result: TrainingResult, folder: Path, data: pd.DataFrame | Non
     (folder / "report.json").write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #a3a5a6b7
 def experiment_id(
     store: MlflowClient,
     name: str,
@@ -537,7 +537,7 @@ def registry_lock(
     key = hashlib.sha256(f"{store.tracking_uri} {name}".encode()).hexdigest()[:16]
     return lock(settings.data_dir / "locks" / f"registry-{key}.lock", timeout=120)
 
-
+# %% ../../notebooks/3_registry/30_tracking.ipynb #3abce59e
 def register(
     run_id: str,  # of log_run
     name: str | None = None,  # of the registered model; None: settings.registered_model

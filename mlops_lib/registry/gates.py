@@ -273,10 +273,16 @@ def unseen(
     exam: Exam,
     *sitting: Version,
 ) -> np.ndarray:  # True for the rows that none of them was trained on
-    "Which rows of an exam are fair."
+    "Which rows of an exam are fair. A version that cannot sit it raises a RegistryError."
     fair = np.ones(len(exam.frame), dtype=bool)
     for version in sitting:
-        fair &= ~np.isin(fingerprints(exam.frame, version.report["named_by"]), version.training_rows)
+        told, report = f"{version.name} {version.version}", version.report
+        if missing := [c for c in report["features"] if c not in exam.frame]:
+            raise RegistryError(f"{told} needs {missing}, which exam {exam.version[:8]} does not have.")
+        if "named_by" not in report:  # fingerprints of then match none of today's: all would look fair
+            why = "was logged before runs kept what names a row, so what it has seen is not known"
+            raise RegistryError(f"{told} {why}; train it again and log it.")
+        fair &= ~np.isin(fingerprints(exam.frame, report["named_by"]), version.training_rows)
     return fair
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #77e0cdaf
@@ -313,6 +319,10 @@ def _differences(truth: Any, old: Answers, new: Answers, metric: str, version: V
     return found[~np.isnan(found)] * (-1 if metric in LOWER_IS_BETTER else 1)
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #915c659e
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+# %% ../../notebooks/3_registry/31_gates.ipynb #a3b788b3
 @dataclass(frozen=True)
 class Comparison:
     "Two versions on the same rows; positive differences speak for the new one."
@@ -344,8 +354,8 @@ class Comparison:
         return float((1 + (self.differences <= margin).sum()) / (1 + len(self.differences)))
 
     def __str__(self) -> str:
-        (low, high), p = self.interval, self.p()
-        luck = f"95 %: {low:+.3f} to {high:+.3f}, p " + ("< 0.001" if p < 0.001 else f"= {p:.3f}")
+        low, high = self.interval
+        luck = f"95 %: {low:+.3f} to {high:+.3f}, {_p(self.p())}"
         return f"{self.metric} {self.difference:+.3f} against version {self.old} ({luck})"
 
     def _repr_html_(self) -> str:
@@ -353,7 +363,7 @@ class Comparison:
         where = f"{self.rows:,} rows of exam {self.exam[:8]}{left_out}"
         right = f"only {self.old} right: {self.only_old}, only {self.new} right: {self.only_new}"
         about = f"<b>{escape(self.name)}</b>: {self.new} against {self.old} on {where}"
-        tests = f"{escape(str(self))}<br>{right}, McNemar p = {self.p_accuracy:.3f}"
+        tests = f"{escape(str(self))}<br>{right}, McNemar {_p(self.p_accuracy)}"
         return f"<p>{about}<br>{tests}</p>{self.metrics.round(3).to_html()}"
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #fcb88bad
@@ -431,12 +441,20 @@ def _check_against(c: Comparison, gate: Gate) -> Check:
     asked = f"{gate.rule} than version {c.old}" + (f" by {gate.margin:g}" if gate.margin else "")
     if gate.rule == "better":
         passed = c.difference > gate.margin and c.p(gate.margin) < gate.alpha
-        more = f"; by {gate.margin:g}: p = {c.p(gate.margin):.3f}" if gate.margin else ""
+        more = f"; by {gate.margin:g}: {_p(c.p(gate.margin))}" if gate.margin else ""
         return Check(asked, passed, f"{c}{more}")
     worst = float(np.quantile(c.differences, gate.alpha))
     return Check(asked, worst > -gate.margin, f"{c}; at worst {worst:+.3f}")
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #10af0723
+def _fair(new: Version, old: Version | None, exam: Exam) -> tuple[np.ndarray, str]:
+    rows = unseen(exam, new)
+    try:
+        return (rows if old is None else rows & unseen(exam, old)), ""
+    except ValueError as e:  # the challenger can be examined all the same
+        return rows, f"{e} Register the new model under another name, or force its promotion."
+
+# %% ../../notebooks/3_registry/31_gates.ipynb #70fdfceb
 def judge(
     new: Version,
     old: Version | None,  # the champion, if there is one
@@ -449,7 +467,7 @@ def judge(
         why = f"it predicts {told!r}, the exam asks for {asked!r}"
         return [Check("same target", False, why)], {}, {}
     try:
-        fair = unseen(exam, *([new] if old is None else [old, new]))
+        fair, apart = _fair(new, old, exam)
         count, seen = int(fair.sum()), int((~fair).sum())
         words = f"{count} of {len(fair)} rows are fair"
         words += f"; {seen} were trained on and do not count" if seen else ""
@@ -464,9 +482,11 @@ def judge(
     if old is None:
         return checks, found, {}
     try:
-        both = compare(new, old, exam, metric=gate.metric)
+        both = None if apart else compare(new, old, exam, metric=gate.metric)
     except ValueError as e:
-        return [*checks, Check(f"comparable with version {old.version}", False, str(e))], found, {}
+        both, apart = None, str(e)
+    if both is None:
+        return [*checks, Check(f"comparable with version {old.version}", False, apart)], found, {}
     of_old = {str(k): float(v) for k, v in both.metrics[f"version {old.version}"].dropna().items()}
     return [*checks, _check_against(both, gate)], found, of_old
 
@@ -558,7 +578,7 @@ def _deciding(store: MlflowClient, name: str) -> Iterator[None]:
             store.set_terminated(run.info.run_id, "FINISHED" if happened else "KILLED")
         yield
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #4acfdf37
 def decisions(
     name: str | None = None,  # None: settings.registered_model
     *,
@@ -632,7 +652,7 @@ def _earlier(store: MlflowClient, name: str, now: int) -> int | None:
     there = set(versions(name, store=store).version)
     return next((v for v in reversed(stack[:-1]) if v in there and v != now), None)
 
-
+# %% ../../notebooks/3_registry/31_gates.ipynb #fe08a7b6
 def rollback(
     reason: str,  # kept with the decision
     *,

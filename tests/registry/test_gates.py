@@ -1,6 +1,7 @@
 """Gates: fair exams, honest tests, decisions that are kept, and a champion that only decisions move."""
 
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -352,6 +353,61 @@ def test_a_champion_on_other_columns_can_be_replaced_by_force_only(world):
     world.add("good")
     assert "'d'" in world.promote().reason
     assert world.promote(force="the exam has changed").applied
+
+
+def forget_names(world, version: int, tmp_path) -> None:
+    "Make the record of a version one from before runs kept what names a row."
+    found = find(version, world.name, store=world.store)
+    kept = {name: value for name, value in found.report.items() if name != "named_by"}
+    (tmp_path / "report.json").write_text(json.dumps(kept))
+    world.store.log_artifact(found.run_id, str(tmp_path / "report.json"))
+
+
+def own_run(world, data: pd.DataFrame, target: str = "label") -> int:
+    done = train("logistic", data, target, targets={}, params={"chars": 0, "shift": False})
+    return register(log_run(done, data, store=world.store), world.name, store=world.store)
+
+
+def test_a_record_that_does_not_say_what_names_a_row_is_not_taken_for_fair(world, tmp_path):
+    forget_names(world, own_run(world, ROWS), tmp_path)
+    with pytest.raises(RegistryError, match="train it again"):
+        unseen(world.exam, find(1, world.name, store=world.store))
+    d = world.promote()
+    assert not d.passed
+    assert "train it again" in d.reason
+    assert world.outcomes == ["refused"]
+
+
+def test_a_champion_with_an_older_record_is_no_crash_and_the_reason_says_what_to_do(world, tmp_path):
+    own_run(world, ROWS), world.promote(force="first")
+    forget_names(world, 1, tmp_path)
+    world.add("good")
+    d = world.promote()
+    assert not d.passed
+    assert "another name" in d.reason
+    assert "force" in d.reason
+    assert d.metrics["accuracy"] > 0.6, "the challenger was examined all the same"
+    with pytest.raises(RegistryError, match="train it again"):
+        compare(2, 1, world.exam, name=world.name, store=world.store)
+    assert world.promote(force="the old record cannot be compared").applied
+    assert world.champion == 2
+
+
+def test_a_champion_of_messages_with_a_column_that_new_ones_lack_is_decided_upon(world):
+    rng = np.random.default_rng(6)
+    words = ["good", "bad", "fine", "slow", "fast", "refund", "broken", "love", "hate", "late", "great", "rude"]
+    rows = pd.DataFrame({"text": [" ".join(rng.choice(words, 8)) for _ in range(500)]})
+    rows["label"] = rows.text.str.contains("good|love").astype(int)
+    own_run(world, rows.head(250).assign(category_encoded=rng.integers(0, 9, 250))), world.promote(force="first")
+    exam = freeze_exam(rows.tail(250), "label", world.name)
+    own_run(world, rows.head(250))
+    d = world.promote(exam=exam)
+    assert not d.applied
+    assert "category_encoded" in d.reason
+    assert "another name" in d.reason
+    assert d.metrics, "the challenger was examined all the same"
+    assert not d.champion_metrics
+    assert world.champion == 1
 
 
 def test_another_target_is_refused(world):

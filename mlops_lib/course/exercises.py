@@ -64,10 +64,9 @@ def release(
     from traitlets.config import Config
 
     with _converting, tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, "solutions", "part").mkdir(
-            parents=True
-        )  # alone: nbgrader copies whatever lies beside it
-        shutil.copy(solution, Path(scratch, "solutions", "part"))
+        alone = Path(scratch, "solutions", "part")  # nbgrader copies whatever lies beside it
+        alone.mkdir(parents=True)
+        shutil.copy(solution, alone)
         config = Config()
         config.CourseDirectory.root = scratch
         config.CourseDirectory.source_directory = "solutions"
@@ -75,18 +74,15 @@ def release(
         config.CourseDirectory.assignment_id = "part"
         config.CourseDirectory.notebook_id = solution.stem
         config.ClearSolutions.code_stub = {"python": STUB}
-        converter = GenerateAssignment(
-            coursedir=CourseDirectory(config=config), config=config, no_database=True, log=log
-        )
-        converter.preprocessors = [
-            p for p in converter.preprocessors if p is not SaveCells
-        ]  # it wants a gradebook
+        course = CourseDirectory(config=config)
+        converter = GenerateAssignment(coursedir=course, config=config, no_database=True, log=log)
+        # SaveCells wants a gradebook
+        converter.preprocessors = [p for p in converter.preprocessors if p is not SaveCells]
         converter.start()
         made = json.loads(Path(scratch, "exercises", "part", solution.name).read_text(encoding="utf-8"))
     exercise.parent.mkdir(parents=True, exist_ok=True)
-    exercise.write_text(
-        json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    exercise.write_text(text, encoding="utf-8")
     return exercise
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #30ce5d87
@@ -98,7 +94,7 @@ class Graded:
     points: float
     error: tuple[str, str] | None
 
-
+# %% ../../notebooks/9_course/93_exercises.ipynb #be0541b6
 def run_graded(
     path: Path,  # a notebook with nbgrader metadata
     cwd: Path,  # the folder it works in

@@ -41,7 +41,7 @@ from ..settings import mask, settings
 log = get_logger(__name__)
 Priority = Literal["low", "normal", "high"]
 
-# %% ../../notebooks/4_events/41_bus.ipynb #ca580906
+# %% ../../notebooks/4_events/41_bus.ipynb #cd1917b1
 class Bus:
     "Publish events, and subscribe handlers to queues of them. Threads may share it; `connect` makes one."
 
@@ -155,8 +155,7 @@ class Bus:
         self.transport.bind(queue, [check_pattern(p) for p in patterns])
         self.subscriptions.add(subscription)
         self._keep()
-        for worker in subscription._workers:
-            worker.start()
+        subscription.start()
         return subscription
 
     def dead_letters(self, queue: str) -> list[DeadLetter]:
@@ -181,7 +180,7 @@ class Bus:
         while True:
             work = sorted(self.subscriptions, key=lambda s: s.queue)
             left = {s.queue: self.transport.depth(s.queue) for s in work}
-            quiet = all(s._idle() for s in work) and not any(d["ready"] or d["delayed"] for d in left.values())
+            quiet = all(s.idle() for s in work) and not any(d["ready"] or d["delayed"] for d in left.values())
             now = [(s.handled, s.retried, s.buried, s.duplicates) for s in work]
             if quiet and now == before and not self.ledger.outbox_size():
                 return
@@ -229,7 +228,7 @@ class Bus:
         relayed = time.monotonic()
         while not self.stopped.wait(0.1):
             for subscription in list(self.subscriptions):
-                subscription._tick()
+                subscription.tick()
             if time.monotonic() - relayed > 1:
                 self.relay()
                 relayed = time.monotonic()
@@ -339,7 +338,7 @@ def _close_all() -> None:
 
 
 def _priority(event: Event, priority: str | None) -> str:
-    name = priority or getattr(event.payload, "priority", None) or "normal"
+    name = priority or vars(event.payload).get("priority") or "normal"
     if name not in PRIORITIES:
         raise BusError(f"A priority is one of {', '.join(PRIORITIES)}, not {name!r}.")
     return name

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SqliteTransport']
 
-# %% ../../notebooks/4_events/46_sqlite.ipynb #377df840
+# %% ../../notebooks/4_events/46_sqlite.ipynb #4d04cad6
 import json
 import os
 import shutil
@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .outbox import LedgerError, open_database
 from mlops_lib.events.transport import (
     UNROUTABLE,
     BusError,
@@ -35,7 +36,6 @@ from mlops_lib.events.transport import (
     Unroutable,
     matches,
 )
-from .outbox import LedgerError, open_database
 
 # %% ../../notebooks/4_events/46_sqlite.ipynb #bc583288
 _READY, _LENT, _DEAD = 0, 1, 2
@@ -72,7 +72,7 @@ class _Wake:
             self.count += 1
             self.condition.notify_all()
 
-# %% ../../notebooks/4_events/46_sqlite.ipynb #2fb21c7b
+# %% ../../notebooks/4_events/46_sqlite.ipynb #14193c52
 class SqliteTransport(Transport):
     "Queues in a SQLite file, for any number of processes on one machine; or, with memory://, for this process alone."
 
@@ -206,17 +206,17 @@ class SqliteTransport(Transport):
         return bool(self._read(sql, (queue, time.time()))[0][0])
 
     def _take(self, queue: str, limit: int) -> list[Delivery]:
-        sql = """update message set state = 1, owner = ?, due = ? where id in
-                 (select id from message where queue = ? and state = 0 order by priority desc, id limit ?)
-                 returning priority, id, event_id, routing_key, key, body, attempts"""
+        sql = """select id, attempts, event_id, routing_key, key, body, priority from message
+                 where queue = ? and state = 0 order by priority desc, id limit ?"""
         if not self._any(queue):
             return []
         now = time.time()
         with self._write() as db:
             db.execute("update message set state = 0, owner = null where state = 1 and due <= ?", (now,))
-            rows = db.execute(sql, (self._owner, now + self.lease, queue, limit)).fetchall()
-        rows.sort(key=lambda r: (-r[0], r[1]))
-        return [Delivery(queue, Message(r[2], r[3], r[4], r[5], r[0]), r[6], r[1]) for r in rows]
+            rows = db.execute(sql, (queue, limit)).fetchall()
+            lent = "update message set state = 1, owner = ?, due = ? where id = ?"
+            db.executemany(lent, [(self._owner, now + self.lease, row[0]) for row in rows])
+        return [Delivery(queue, Message(*row[2:]), row[1], row[0]) for row in rows]
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         rows = [(d.receipt, self._owner) for d in deliveries]

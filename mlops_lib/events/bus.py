@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Priority', 'TRANSPORTS', 'Bus', 'connect']
 
-# %% ../../notebooks/4_events/41_bus.ipynb #71bab9c7
+# %% ../../notebooks/4_events/41_bus.ipynb #b3a8edf8
 import asyncio
 import atexit
 import queue as queues
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from .consumer import Subscription, in_handler
 from .outbox import PRIORITIES, Ledger, LedgerError, Transaction
@@ -41,9 +41,22 @@ from ..settings import mask, settings
 log = get_logger(__name__)
 Priority = Literal["low", "normal", "high"]
 
-# %% ../../notebooks/4_events/41_bus.ipynb #cd1917b1
-class Bus:
-    "Publish events, and subscribe handlers to queues of them. Threads may share it; `connect` makes one."
+# %% ../../notebooks/4_events/41_bus.ipynb #d6c99df3
+def _priority(event: Event, priority: str | None) -> str:
+    name = priority or vars(event.payload).get("priority") or "normal"
+    if name not in PRIORITIES:
+        raise BusError(f"A priority is one of {', '.join(PRIORITIES)}, not {name!r}.")
+    return name
+
+
+def _chunks(events: Iterable[Event], size: int) -> Iterator[list[Event]]:
+    source = iter(events)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+# %% ../../notebooks/4_events/41_bus.ipynb #60d829bc
+class _Sending:
+    "A bus's way in. `transport` is where events are stored, `ledger` what was handled and what waits for its turn."
 
     def __init__(
         self,
@@ -65,7 +78,33 @@ class Bus:
         self._publisher: threading.Thread | None = None
         _open.add(self)
 
-    # ---- publishing
+    def _message(self, event: Event, priority: str | None) -> Message:
+        if not isinstance(event, Event):
+            raise BusError(f"Only events can be published, not {type(event).__name__}: see mlops_lib.events.schema.")
+        if self.stopped.is_set():
+            raise BusError("This bus is closed.")
+        body = event.to_json()
+        if len(body) > self.max_bytes:
+            raise EventError(f"An event of {len(body):,} bytes; at most {self.max_bytes:,} travel. Send a path, not the data.")
+        return Message(event.event_id, event.event_type, event.correlation_id, body, PRIORITIES[_priority(event, priority)])
+
+    def _send(self, messages: Sequence[Message]) -> list[tuple[Message, Exception]]:
+        failed: list[tuple[Message, Exception]] = []
+        for message, error in zip(messages, self.transport.publish(messages), strict=True):
+            if isinstance(error, Unroutable) and self.unroutable == "park":
+                log.warning("no queue wants it, parked", extra={"event_type": message.routing_key, "event_id": message.event_id})
+                try:
+                    self.transport.park(message, Failure("Unroutable", str(error)))
+                    continue
+                except BusError as e:
+                    error = e
+            if error is not None:
+                failed.append((message, error))
+        return failed
+
+# %% ../../notebooks/4_events/41_bus.ipynb #3fef9001
+class _Publishing(_Sending):
+    "Events into the broker, confirmed."
 
     def publish(
         self,
@@ -103,31 +142,53 @@ class Bus:
             raise PublishError(failed, total)
         return total
 
-    def _message(self, event: Event, priority: str | None) -> Message:
-        if not isinstance(event, Event):
-            raise BusError(f"Only events can be published, not {type(event).__name__}: see mlops_lib.events.schema.")
-        if self.stopped.is_set():
-            raise BusError("This bus is closed.")
-        body = event.to_json()
-        if len(body) > self.max_bytes:
-            raise EventError(f"An event of {len(body):,} bytes; at most {self.max_bytes:,} travel. Send a path, not the data.")
-        return Message(event.event_id, event.event_type, event.correlation_id, body, PRIORITIES[_priority(event, priority)])
+# %% ../../notebooks/4_events/41_bus.ipynb #60b03930
+class _Outgoing(_Publishing):
+    "Events that are published if and when something else is committed, and the thread that sees to it."
 
-    def _send(self, messages: Sequence[Message]) -> list[tuple[Message, Exception]]:
-        failed: list[tuple[Message, Exception]] = []
-        for message, error in zip(messages, self.transport.publish(messages), strict=True):
-            if isinstance(error, Unroutable) and self.unroutable == "park":
-                log.warning("no queue wants it, parked", extra={"event_type": message.routing_key, "event_id": message.event_id})
-                try:
-                    self.transport.park(message, Failure("Unroutable", str(error)))
-                    continue
-                except BusError as e:
-                    error = e
-            if error is not None:
-                failed.append((message, error))
-        return failed
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        "Change rows of the ledger's database and publish, in one commit; the events go out right after it."
+        with self.ledger.transaction() as tx:
+            yield tx
+        self._keep()
+        self.relay()
 
-    # ---- subscribing
+    def relay(self) -> int:
+        "Publish what was committed to the outbox and is still there; returns how many. The bus does this by itself."
+        sent = 0
+        try:
+            while rows := self.ledger.take_outbox():
+                failed = {m.event_id for m, _ in self._send([Message(*row[1:]) for row in rows])}
+                done = [row[0] for row in rows if row[1] not in failed]
+                self.ledger.drop_outbox(done)
+                sent += len(done)
+                if failed:
+                    self.ledger.free_outbox([row[0] for row in rows if row[1] in failed])
+                    break
+        except (BusError, LedgerError) as e:
+            log.warning("the outbox waits", extra={"error": str(e)})
+        return sent
+
+    def _keep(self) -> None:
+        with self._lock:
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keeping, name="bus:keeper", daemon=True)
+                self._keeper.start()
+
+    def _keeping(self) -> None:
+        self.relay()
+        relayed = time.monotonic()
+        while not self.stopped.wait(0.1):
+            for subscription in list(self.subscriptions):
+                subscription.tick()
+            if time.monotonic() - relayed > 1:
+                self.relay()
+                relayed = time.monotonic()
+
+# %% ../../notebooks/4_events/41_bus.ipynb #ee295a5f
+class _Subscribing(_Outgoing):
+    "Handlers at work."
 
     def subscribe(
         self,
@@ -149,7 +210,8 @@ class Bus:
             raise BusError("Say which events the queue wants, for example ['model.*'].")
         if check_name(queue) == UNROUTABLE:
             raise BusError(f"The queue {UNROUTABLE!r} belongs to the bus; see dead_letters({UNROUTABLE!r}).")
-        subscription = Subscription(self, queue, handler, retries, concurrency, prefetch, timeout, backoff, max_backoff, consumer_id)
+        mine = cast("Bus", self)
+        subscription = Subscription(mine, queue, handler, retries, concurrency, prefetch, timeout, backoff, max_backoff, consumer_id)
         if consumer_id:
             self.transport.claim(check_name(consumer_id))
         self.transport.bind(queue, [check_pattern(p) for p in patterns])
@@ -157,6 +219,17 @@ class Bus:
         self._keep()
         subscription.start()
         return subscription
+
+    def on_loop(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="bus:loop", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+# %% ../../notebooks/4_events/41_bus.ipynb #09294239
+class _Inspecting(_Subscribing):
+    "What is there, what is left, what was given up."
 
     def dead_letters(self, queue: str) -> list[DeadLetter]:
         "Events that the queue's handler could not handle, oldest first; of `unroutable`, those that no queue wanted."
@@ -189,56 +262,43 @@ class Bus:
                 raise TimeoutError(f"Not drained after {timeout:g} s: {left}, {work}")
             self.stopped.wait(0.005)
 
-    # ---- a change and its event together
+# %% ../../notebooks/4_events/41_bus.ipynb #2ac5ffb1
+class Bus(_Inspecting):
+    "Publish events, and subscribe handlers to queues of them. Threads may share it; `connect` makes one."
 
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        "Change rows of the ledger's database and publish, in one commit; the events go out right after it."
-        with self.ledger.transaction() as tx:
-            yield tx
-        self._keep()
-        self.relay()
-
-    def relay(self) -> int:
-        "Publish what was committed to the outbox and is still there; returns how many. The bus does this by itself."
-        sent = 0
-        try:
-            while rows := self.ledger.take_outbox():
-                failed = {m.event_id for m, _ in self._send([Message(*row[1:]) for row in rows])}
-                done = [row[0] for row in rows if row[1] not in failed]
-                self.ledger.drop_outbox(done)
-                sent += len(done)
-                if failed:
-                    self.ledger.free_outbox([row[0] for row in rows if row[1] in failed])
-                    break
-        except (BusError, LedgerError) as e:
-            log.warning("the outbox waits", extra={"error": str(e)})
-        return sent
-
-    # ---- threads of the bus
-
-    def _keep(self) -> None:
+    async def apublish(self, event: Event, priority: Priority | None = None) -> Event:
+        "`publish`, awaited. Many at once travel in one window."
+        message, future = self._message(event, priority), Future[Event]()
         with self._lock:
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keeping, name="bus:keeper", daemon=True)
-                self._keeper.start()
+            if self._publisher is None:
+                self._publisher = threading.Thread(target=self._publishing, name="bus:publisher", daemon=True)
+                self._publisher.start()
+        self._outgoing.put((message, event, future))
+        return await asyncio.wrap_future(future)
 
-    def _keeping(self) -> None:
-        self.relay()
-        relayed = time.monotonic()
-        while not self.stopped.wait(0.1):
-            for subscription in list(self.subscriptions):
-                subscription.tick()
-            if time.monotonic() - relayed > 1:
-                self.relay()
-                relayed = time.monotonic()
+    async def asubscribe(self, *args: Any, **kwargs: Any) -> Subscription:
+        "`subscribe`, awaited."
+        return await asyncio.to_thread(self.subscribe, *args, **kwargs)
 
-    def on_loop(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="bus:loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    async def apublish_many(self, events: Iterable[Event], priority: Priority | None = None) -> int:
+        "`publish_many`, awaited."
+        return await asyncio.to_thread(self.publish_many, events, priority)
+
+    async def adead_letters(self, queue: str) -> list[DeadLetter]:
+        "`dead_letters`, awaited."
+        return await asyncio.to_thread(self.dead_letters, queue)
+
+    async def areplay(self, queue: str, event_ids: Iterable[str] | None = None) -> int:
+        "`replay`, awaited."
+        return await asyncio.to_thread(self.replay, queue, event_ids)
+
+    async def adrain(self, timeout: float = 30.0) -> None:
+        "`drain`, awaited."
+        await asyncio.to_thread(self.drain, timeout)
+
+    async def aclose(self, timeout: float = 30.0) -> None:
+        "`close`, awaited."
+        await asyncio.to_thread(self.close, timeout)
 
     def _publishing(self) -> None:
         while (first := self._outgoing.get()) is not None:
@@ -279,42 +339,6 @@ class Bus:
         self.ledger.close()
         _open.discard(self)
 
-    # ---- the same for coroutines
-
-    async def apublish(self, event: Event, priority: Priority | None = None) -> Event:
-        "`publish`, awaited. Many at once travel in one window."
-        message, future = self._message(event, priority), Future[Event]()
-        with self._lock:
-            if self._publisher is None:
-                self._publisher = threading.Thread(target=self._publishing, name="bus:publisher", daemon=True)
-                self._publisher.start()
-        self._outgoing.put((message, event, future))
-        return await asyncio.wrap_future(future)
-
-    async def asubscribe(self, *args: Any, **kwargs: Any) -> Subscription:
-        "`subscribe`, awaited."
-        return await asyncio.to_thread(self.subscribe, *args, **kwargs)
-
-    async def apublish_many(self, events: Iterable[Event], priority: Priority | None = None) -> int:
-        "`publish_many`, awaited."
-        return await asyncio.to_thread(self.publish_many, events, priority)
-
-    async def adead_letters(self, queue: str) -> list[DeadLetter]:
-        "`dead_letters`, awaited."
-        return await asyncio.to_thread(self.dead_letters, queue)
-
-    async def areplay(self, queue: str, event_ids: Iterable[str] | None = None) -> int:
-        "`replay`, awaited."
-        return await asyncio.to_thread(self.replay, queue, event_ids)
-
-    async def adrain(self, timeout: float = 30.0) -> None:
-        "`drain`, awaited."
-        await asyncio.to_thread(self.drain, timeout)
-
-    async def aclose(self, timeout: float = 30.0) -> None:
-        "`close`, awaited."
-        await asyncio.to_thread(self.close, timeout)
-
     def __enter__(self) -> "Bus":
         return self
 
@@ -328,26 +352,13 @@ class Bus:
         await self.aclose()
 
 
-_open: "weakref.WeakSet[Bus]" = weakref.WeakSet()
+_open: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     for bus in list(_open):
         bus.close(timeout=5)
-
-
-def _priority(event: Event, priority: str | None) -> str:
-    name = priority or vars(event.payload).get("priority") or "normal"
-    if name not in PRIORITIES:
-        raise BusError(f"A priority is one of {', '.join(PRIORITIES)}, not {name!r}.")
-    return name
-
-
-def _chunks(events: Iterable[Event], size: int) -> Iterator[list[Event]]:
-    source = iter(events)
-    while chunk := list(islice(source, size)):
-        yield chunk
 
 # %% ../../notebooks/4_events/41_bus.ipynb #51fe0758
 TRANSPORTS = {

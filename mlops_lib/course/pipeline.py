@@ -108,19 +108,12 @@ def dependencies(
         owners = {home.get(name) or home.get(name.rpartition(".")[0]) for name in lesson.imports}
         return {owner for owner in owners if owner and owner != lesson.name}
 
-    needs: dict[str, set[str]] = {}
-    by_name = {lesson.name: lesson for lesson in lessons}
-
-    def collect(name: str) -> set[str]:
-        if name not in needs:
-            needs[name] = set()
-            for other in direct(by_name[name]):
-                needs[name] |= {other} | collect(other)
-        return needs[name]
-
-    for lesson in lessons:
-        collect(lesson.name)
-    return needs
+    needs = {lesson.name: direct(lesson) for lesson in lessons}
+    for through in needs:
+        for name in needs:
+            if through in needs[name]:
+                needs[name] = needs[name] | needs[through]
+    return {name: others - {name} for name, others in needs.items()}
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #9b8c1132
 def _matches(lesson: Lesson, word: str) -> bool:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIORITIES', 'LedgerError', 'LedgerFull', 'open_database', 'Transaction', 'Ledger']
 
-# %% ../../notebooks/4_events/43_outbox.ipynb #fe0f222a
+# %% ../../notebooks/4_events/43_outbox.ipynb #95de3d45
 import re
 import sqlite3
 import threading
@@ -17,7 +17,7 @@ from typing import Any
 
 from .schema import MAX_BYTES, Event, EventError
 
-# %% ../../notebooks/4_events/43_outbox.ipynb #552261a2
+# %% ../../notebooks/4_events/43_outbox.ipynb #070d50d8
 class LedgerError(RuntimeError):
     "The ledger cannot be opened, read or written. The message says why and what to do."
 
@@ -25,18 +25,7 @@ class LedgerError(RuntimeError):
 class LedgerFull(LedgerError):
     "There is no room on the disk. Nothing of this change was stored."
 
-
-PRIORITIES = {"low": 0, "normal": 1, "high": 2}
-_SCHEMA = """
-create table if not exists inbox(
-    consumer text, event_id text, handled_at real, primary key (consumer, event_id)
-) without rowid;
-create table if not exists outbox(
-    id integer primary key, event_id text, routing_key text, key text, body blob, priority integer, due real
-);
-"""
-
-
+# %% ../../notebooks/4_events/43_outbox.ipynb #72bc8982
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
@@ -63,7 +52,18 @@ def open_database(
         db.executescript(schema)
     return db
 
-# %% ../../notebooks/4_events/43_outbox.ipynb #d5e1ee79
+# %% ../../notebooks/4_events/43_outbox.ipynb #cccab7c3
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+_SCHEMA = """
+create table if not exists inbox(
+    consumer text, event_id text, handled_at real, primary key (consumer, event_id)
+) without rowid;
+create table if not exists outbox(
+    id integer primary key, event_id text, routing_key text, key text, body blob, priority integer, due real
+);
+"""
+
+# %% ../../notebooks/4_events/43_outbox.ipynb #ef3c43d3
 _OURS = re.compile(r"\s*(begin|commit|end|rollback|savepoint|release|attach|detach|pragma|vacuum)\b", re.I)
 
 
@@ -93,9 +93,9 @@ class Transaction:
         self._db.execute("insert into outbox values (null, ?, ?, ?, ?, ?, 0)", row)
         self.published += 1
 
-# %% ../../notebooks/4_events/43_outbox.ipynb #0d42f13f
-class Ledger:
-    "Inbox and outbox in one SQLite file. Several threads and processes may share it."
+# %% ../../notebooks/4_events/43_outbox.ipynb #3d4d5d45
+class _File:
+    "A SQLite file with an inbox and an outbox in it."
 
     def __init__(
         self,
@@ -110,30 +110,6 @@ class Ledger:
         "One more connection to the file."
         return open_database(self.path, _SCHEMA, self._synchronous)
 
-    def seen(
-        self,
-        consumer: str,
-        event_ids: Iterable[str],
-    ) -> set[str]:  # those that the consumer has handled before
-        "Which of these events need not be handled again?"
-        ids = tuple(event_ids)
-        marks = ",".join("?" * len(ids))
-        sql = f"select event_id from inbox where consumer = ? and event_id in ({marks})"  # noqa: S608  # nosec B608
-        with self._lock, _explained(self.path):
-            return {row[0] for row in self._db.execute(sql, (consumer, *ids))}
-
-    def record(self, consumer: str, event_ids: Iterable[str]) -> None:
-        "Note that events were handled."
-        rows = [(consumer, i, time.time()) for i in event_ids]
-        with self._lock, _explained(self.path), self._db:
-            self._db.execute("begin immediate")
-            self._db.executemany("insert or ignore into inbox values (?, ?, ?)", rows)
-
-    def forget(self, older_than: float) -> int:
-        "Drop notes that are older than so many seconds; returns how many. An event that comes later than that is new again."
-        with self._lock, _explained(self.path):
-            return self._db.execute("delete from inbox where handled_at < ?", (time.time() - older_than,)).rowcount
-
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         "Commit when the block ends, undo when it raises."
@@ -145,19 +121,12 @@ class Ledger:
         finally:
             db.close()
 
-    @contextmanager
-    def unit(
-        self,
-        db: sqlite3.Connection,  # from open()
-        consumer: str,
-        event_id: str,
-    ) -> Iterator[Transaction | None]:  # None: the consumer has handled this event before
-        "The transaction in which a consumer handles one event: its effects and the note that it did, or neither."
-        with _explained(self.path), db:
-            db.execute("begin immediate")
-            note = (consumer, event_id, time.time())
-            new = db.execute("insert or ignore into inbox values (?, ?, ?)", note).rowcount
-            yield Transaction(db) if new else None
+    def close(self) -> None:
+        self._db.close()
+
+# %% ../../notebooks/4_events/43_outbox.ipynb #750eeff7
+class _Outbox(_File):
+    "Events that were committed and are not published yet."
 
     def outbox_size(self) -> int:
         "How many events were committed and not published yet."
@@ -188,5 +157,44 @@ class Ledger:
             self._db.execute("begin immediate")
             self._db.executemany("update outbox set due = 0 where id = ?", [(r,) for r in rows])
 
-    def close(self) -> None:
-        self._db.close()
+# %% ../../notebooks/4_events/43_outbox.ipynb #b82ad305
+class Ledger(_Outbox):
+    "Inbox and outbox in one SQLite file. Several threads and processes may share it."
+
+    def seen(
+        self,
+        consumer: str,
+        event_ids: Iterable[str],
+    ) -> set[str]:  # those that the consumer has handled before
+        "Which of these events need not be handled again?"
+        ids = tuple(event_ids)
+        marks = ",".join("?" * len(ids))
+        sql = f"select event_id from inbox where consumer = ? and event_id in ({marks})"  # noqa: S608  # nosec B608
+        with self._lock, _explained(self.path):
+            return {row[0] for row in self._db.execute(sql, (consumer, *ids))}
+
+    def record(self, consumer: str, event_ids: Iterable[str]) -> None:
+        "Note that events were handled."
+        rows = [(consumer, i, time.time()) for i in event_ids]
+        with self._lock, _explained(self.path), self._db:
+            self._db.execute("begin immediate")
+            self._db.executemany("insert or ignore into inbox values (?, ?, ?)", rows)
+
+    def forget(self, older_than: float) -> int:
+        "Drop notes that are older than so many seconds; returns how many. An event that comes later than that is new again."
+        with self._lock, _explained(self.path):
+            return self._db.execute("delete from inbox where handled_at < ?", (time.time() - older_than,)).rowcount
+
+    @contextmanager
+    def unit(
+        self,
+        db: sqlite3.Connection,  # from open()
+        consumer: str,
+        event_id: str,
+    ) -> Iterator[Transaction | None]:  # None: the consumer has handled this event before
+        "The transaction in which a consumer handles one event: its effects and the note that it did, or neither."
+        with _explained(self.path), db:
+            db.execute("begin immediate")
+            note = (consumer, event_id, time.time())
+            new = db.execute("insert or ignore into inbox values (?, ?, ?)", note).rowcount
+            yield Transaction(db) if new else None

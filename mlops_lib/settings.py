@@ -121,7 +121,7 @@ def from_environment(
                 break
     return found
 
-# %% ../notebooks/0_start/00_settings.ipynb #ddeb5448
+# %% ../notebooks/0_start/00_settings.ipynb #1a50bc6b
 def moved_addresses(
     settings: Settings,  # as configured
 ) -> dict[str, str]:  # setting -> where that server really is
@@ -134,7 +134,7 @@ def moved_addresses(
         except FileNotFoundError:  # taken down at this very moment
             continue
         except (ValueError, AttributeError, TypeError):
-            raise SettingsError(f"{note} is damaged. Run: mlops stack down") from None
+            raise SettingsError(f"{note} is damaged. Delete it, and end its server by hand.") from None
     return found
 
 # %% ../notebooks/0_start/00_settings.ipynb #c781ffdf

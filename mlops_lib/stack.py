@@ -72,7 +72,7 @@ def _moved(name: str, settings: Settings, url: str) -> dict[str, list[str]]:
         return {"chroma_port": [str(settings.chroma_port), port]}
     return {setting: [was, url] for setting, value in settings if value and value == was}
 
-# %% ../notebooks/0_start/03_stack.ipynb #0af1b532
+# %% ../notebooks/0_start/03_stack.ipynb #36c43d8e
 def _with(
     names: Sequence[str],  # (): all
     related: Callable[[Service], Sequence[str]],  # what comes along with a service
@@ -90,14 +90,6 @@ def _with(
 def _lock(folder: Path) -> FileLock:
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "lock")
-
-
-def _answers(one: Server) -> bool:
-    try:
-        one.service.check(one.url)
-    except NotHealthy:
-        return False
-    return True
 
 
 def _open(one: Server) -> bool:
@@ -123,7 +115,7 @@ def _compose(root: Path, *args: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return "\n".join(done.stdout.splitlines()[-50:])
 
-# %% ../notebooks/0_start/03_stack.ipynb #975cbbdf
+# %% ../notebooks/0_start/03_stack.ipynb #7bcf845f
 class Stack:
     "The servers of a workspace's profile `stack`."
 
@@ -168,7 +160,7 @@ class Stack:
 
     def _bring(self, service: Service) -> State:
         one = self.server(service.name)
-        if one.record and (one.process or (one.record["how"] != "started" and _answers(one))):
+        if one.record and (one.process or (one.record["how"] != "started" and not one.ask())):
             if one.process:
                 one.wait()  # another command may just have started it
             return State(service.name, one.record["how"], True, one.url)
@@ -179,7 +171,7 @@ class Stack:
         if not url:
             return State(service.name, "not used", detail=f"the setting {service.setting} names no server")
         one = self.server(service.name, url)
-        if _answers(one):
+        if not one.ask():
             if service.prepare:
                 service.prepare(url)
             one.note("adopted")
@@ -195,12 +187,9 @@ class Stack:
 
     def _composed(self, service: Service, said: str) -> State:
         one = self.server(service.name, address(service.name, self.load()))
-        try:
-            service.check(one.url)
-        except NotHealthy as e:
-            raise ServerError(f"{e}\n{said}\nSee: mlops stack logs {service.name}") from e
-        finally:
-            one.note("compose")  # healthy or not, `down` has to end it
+        one.note("compose")  # healthy or not, `down` has to end it
+        if why := one.ask():
+            raise ServerError(f"{why}\n{said}\nSee: mlops stack logs {service.name}")
         return State(service.name, "compose", True, one.url)
 
     def down(self, names: Sequence[str] = ()) -> list[State]:
@@ -230,13 +219,10 @@ class Stack:
             if not how:
                 states.append(State(name, "down", url=one.url))
                 continue
-            try:
-                one.service.check(one.url)
-                states.append(State(name, how, True, one.url))
-            except NotHealthy as e:
-                crashed = how == "started" and not one.process
-                detail = f"{e}\n{one.tail(3)}" if how == "started" else str(e)
-                states.append(State(name, "crashed" if crashed else how, False, one.url, detail.strip()))
+            why = one.ask()
+            crashed = how == "started" and not one.process
+            detail = f"{why}\n{one.tail(3)}" if why and how == "started" else why or ""
+            states.append(State(name, "crashed" if crashed else how, not why, one.url, detail.strip()))
         return states
 
     def logs(self, name: str, lines: int = 50) -> str:

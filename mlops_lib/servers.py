@@ -30,7 +30,7 @@ import psutil
 
 from .settings import find_root
 
-# %% ../notebooks/0_start/02_servers.ipynb #1b657ac3
+# %% ../notebooks/0_start/02_servers.ipynb #1be5850a
 class NotHealthy(ConnectionError):
     "A server does not answer as a healthy one would. The message says how it failed."
 
@@ -52,6 +52,7 @@ def check_redis(url: str) -> None:
 def check_amqp(url: str) -> None:
     "The AMQP handshake, up to an open connection for this user."
     import pika
+    from pika.adapters.utils.connection_workflow import AMQPConnectorException
     from pika.exceptions import AMQPError
 
     log = logging.getLogger("pika")
@@ -61,7 +62,7 @@ def check_amqp(url: str) -> None:
         parameters = pika.URLParameters(url)
         parameters.socket_timeout = parameters.stack_timeout = 3
         pika.BlockingConnection(parameters).close()
-    except (AMQPError, OSError) as e:
+    except (AMQPError, AMQPConnectorException, OSError) as e:
         raise NotHealthy(f"no AMQP connection: {str(e) or type(e).__name__}") from e
     finally:
         log.setLevel(before)

@@ -115,7 +115,7 @@ def _compose(root: Path, *args: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return "\n".join(done.stdout.splitlines()[-50:])
 
-# %% ../notebooks/0_start/03_stack.ipynb #7bcf845f
+# %% ../notebooks/0_start/03_stack.ipynb #73fa95f4
 class Stack:
     "The servers of a workspace's profile `stack`."
 
@@ -238,7 +238,8 @@ class Stack:
 
 def addresses(
     root: Path | None = None,  # None: the workspace of the working folder
+    environ: Mapping[str, str] | None = None,  # None: os.environ
 ) -> dict[str, str]:  # server -> where it is
     "The servers that are up, adopted or started, with their real addresses."
-    stack = Stack(root)
+    stack = Stack(root, environ)
     return {name: one.url for name in SERVICES if (one := stack.server(name)).record}

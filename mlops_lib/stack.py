@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['State', 'address', 'docker_answers', 'Stack', 'addresses']
 
-# %% ../notebooks/0_start/03_stack.ipynb #045148ab
+# %% ../notebooks/0_start/03_stack.ipynb #b91b86dc
+import os
 import shutil
 import socket
 import subprocess
@@ -72,7 +73,7 @@ def _moved(name: str, settings: Settings, url: str) -> dict[str, list[str]]:
         return {"chroma_port": [str(settings.chroma_port), port]}
     return {setting: [was, url] for setting, value in settings if value and value == was}
 
-# %% ../notebooks/0_start/03_stack.ipynb #36c43d8e
+# %% ../notebooks/0_start/03_stack.ipynb #d447f7fd
 def _with(
     names: Sequence[str],  # (): all
     related: Callable[[Service], Sequence[str]],  # what comes along with a service
@@ -92,8 +93,13 @@ def _lock(folder: Path) -> FileLock:
     return FileLock(folder / "lock")
 
 
+_OPEN = "no password, or the default one: for this machine only"
+
+
 def _open(one: Server) -> bool:
     default = one.service.url.format(port=one.port)
+    if one.service.name == "grafana":
+        return not os.environ.get("GRAFANA_PASSWORD")
     return one.url == default and not default.startswith("http")
 
 
@@ -115,7 +121,7 @@ def _compose(root: Path, *args: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return "\n".join(done.stdout.splitlines()[-50:])
 
-# %% ../notebooks/0_start/03_stack.ipynb #73fa95f4
+# %% ../notebooks/0_start/03_stack.ipynb #39af76bf
 class Stack:
     "The servers of a workspace's profile `stack`."
 
@@ -182,7 +188,7 @@ class Stack:
         one.moved = _moved(service.name, settings, one.url)
         one.start()
         told = [f"{mask(url)} is taken by something else"] if one.moved else []
-        told += ["no password, or the default one: for this machine only"] if _open(one) else []
+        told += [_OPEN] if _open(one) else []
         return State(service.name, "started", True, one.url, "; ".join(told))
 
     def _composed(self, service: Service, said: str) -> State:
@@ -190,7 +196,7 @@ class Stack:
         one.note("compose")  # healthy or not, `down` has to end it
         if why := one.ask():
             raise ServerError(f"{why}\n{said}\nSee: mlops stack logs {service.name}")
-        return State(service.name, "compose", True, one.url)
+        return State(service.name, "compose", True, one.url, _OPEN if _open(one) else "")
 
     def down(self, names: Sequence[str] = ()) -> list[State]:
         "End what `up` started, and what needs it, last one first; what was adopted is left as it is."

@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
+from conftest import an_event
 
 from mlops_lib.events.bus import Bus
 from mlops_lib.events.schema import DataIngested, DriftDetected, EventError, ModelDeployed, ModelRegistered
 from mlops_lib.events.transport import UNROUTABLE, BusError, ConsumerExists, Message, PublishError, Reject, Unroutable
-
-from conftest import an_event
 
 MakeBus = Callable[..., Bus]
 

@@ -51,7 +51,7 @@ def show(data: Any, as_json: bool, text: Callable[[], str]) -> None:
     "Print a result: as JSON for a script, else as text for a person."
     click.echo(json.dumps(data, indent=1, default=str) if as_json else text())
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #615b7d27
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 profile_option = click.option(
@@ -67,7 +67,7 @@ profile_option = click.option(
 @click.option("--verbose", "-v", is_flag=True, help="Show the library's log lines.")
 @click.version_option(package_name="mlops_lib")
 def cli(verbose: bool) -> None:
-    "Run the course, its data, training and registry. Exit codes: 0 done, 1 failed, 2 asked wrongly."
+    "Run the course, its servers, data, training and registry. Exit codes: 0 done, 1 failed, 2 asked wrongly."
     from mlops_lib.logs import setup_logging
 
     setup_logging("INFO" if verbose else "WARNING")
@@ -119,7 +119,7 @@ def _watcher(quiet: bool) -> Any:
 
     return Drawn()
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #130944ff
 def _summary(record: Any) -> str:
     from io import StringIO
 
@@ -147,7 +147,7 @@ def parse_value(text: str) -> Any:
 
     return yaml.safe_load(text)
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #eb62152d
 @cli.command(example="mlops run --only 1_data --reviews my_reviews.jsonl -p seed 7")
 @click.option("--only", multiple=True, help="A part or lesson: 1_data, data, 10, tables; repeatable.")
 @click.option("--from", "start", help="The first part or lesson to run.")
@@ -200,7 +200,7 @@ def run(
     if record.failed:
         raise SystemExit(1)
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #b6cb6638
 @cli.command(example="mlops test")
 @click.argument("pytest_args", nargs=-1)
 @click.pass_context
@@ -298,7 +298,7 @@ def stack_up(services: tuple[str, ...], native: bool, as_json: bool) -> None:
     if not _report(states, as_json):
         fail(f"not up: {', '.join(s.name for s in states if s.healthy is False)}; the others are.")
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #05b3e3a2
 @stack.command("down", example="mlops stack down")
 @click.argument("services", nargs=-1, type=SERVER)
 @json_option
@@ -362,7 +362,7 @@ def data_generate(
 
 TABLE = click.Choice(["review", "user", "business"])
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #d573d40d
 @data.command("load", example="mlops data load review.json --out reviews.parquet")
 @click.argument("file", type=FILE)
 @click.option("--kind", type=TABLE, default="review", show_default=True, help="What the file holds.")
@@ -390,7 +390,7 @@ def data_load(file: Path, kind: str, out: Path | None, as_json: bool) -> None:
     result = {"rows": len(frame), "columns": list(frame), "quarantined": bad, "out": out}
     show(result, as_json, lambda: f"{len(frame):,} rows read, {bad:,} in quarantine")
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #29187ad9
 @data.command("check", example="mlops data check inbox/review.json --user inbox/user.json")
 @click.argument("file", type=FILE)
 @click.option("--kind", type=TABLE, default="review", show_default=True, help="What the file holds.")
@@ -459,7 +459,7 @@ def _training_text(result: dict[str, Any]) -> str:
     )
     return "\n".join(lines)
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #2adfbd4f
 @cli.command(example="mlops train --table churn.csv --target Churn --cv 5")
 @click.option("--kind", default="auto", show_default=True, help="A kind of model; auto compares some.")
 @click.option("--table", type=FILE, help="Any CSV or Parquet table; needs --target.")
@@ -532,7 +532,7 @@ def train(
         told |= _record(result, training.read_rows(rows, target), model)
     show(told, as_json, lambda: _training_text(told))
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #cc3274b3
 def _record(result: Any, rows: Any, model: str | None) -> dict[str, Any]:
     from mlops_lib.registry.gates import RegistryError, freeze_exam, load_exam
     from mlops_lib.registry.tracking import log_run, register
@@ -575,7 +575,7 @@ def _verdict(decision: Any, as_json: bool) -> None:
     if not decision.applied:
         raise SystemExit(1)
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #d3e1c5ff
 @registry.command("list", example="mlops registry list --name inbox")
 @name_option
 @json_option
@@ -608,7 +608,7 @@ def registry_show(version: str, name: str | None, as_json: bool) -> None:
     lines += [f"  {name:<32}{value}" for name, value in sorted(data.params.items())]
     show(told, as_json, lambda: "\n".join(lines))
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #492f8a4d
 @registry.command("alias", example="mlops registry alias challenger 3 --reason 'the next candidate'")
 @click.argument("alias")
 @click.argument("version")
@@ -644,7 +644,7 @@ def registry_rollback(reason: str, name: str | None, as_json: bool) -> None:
 
     _verdict(rollback(reason, name=name), as_json)
 
-
+# %% ../notebooks/9_course/95_cli.ipynb #f2004d47
 @registry.command("compare", example="mlops registry compare challenger champion")
 @click.argument("new", default="challenger")
 @click.argument("old", default="champion")

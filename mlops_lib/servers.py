@@ -30,7 +30,7 @@ import psutil
 
 from .settings import find_root
 
-# %% ../notebooks/0_start/02_servers.ipynb #1be5850a
+# %% ../notebooks/0_start/02_servers.ipynb #0f32e641
 class NotHealthy(ConnectionError):
     "A server does not answer as a healthy one would. The message says how it failed."
 
@@ -67,7 +67,7 @@ def check_amqp(url: str) -> None:
     finally:
         log.setLevel(before)
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #196f9350
 def check_postgres(url: str) -> None:
     "Log in, SELECT 1."
     import psycopg
@@ -97,7 +97,7 @@ def check_http(
 
     return check
 
-# %% ../notebooks/0_start/02_servers.ipynb #b5820e76
+# %% ../notebooks/0_start/02_servers.ipynb #25472bce
 Launch = tuple[list[str], dict[str, str]]  # a command and what it adds to the environment
 HOST = "127.0.0.1"
 PATIENCE_TO_END = 20.0  # seconds
@@ -116,7 +116,7 @@ def _redis(s: "Server") -> Launch:
     lines = [f"bind {HOST}", f"port {s.port}", f'dir "{s.data}"', *keep, *password]
     return [s.program, s.write("redis.conf", lines)], {}
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #1b452fa1
 def _rabbitmq(s: "Server") -> Launch:
     lines = [f"listeners.tcp.1 = {HOST}:{s.port}", "log.file = false", "log.console = true"]
     lines += [f"default_user = {s.user}", f"default_pass = {s.password}"]
@@ -146,7 +146,7 @@ def _not_root(s: "Server") -> list[str]:
     may = "+dac_override"  # to reach its folder inside of ones that only root may enter
     return ["setpriv", f"--reuid={user}", "--clear-groups", f"--inh-caps={may}", f"--ambient-caps={may}"]
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #05c6e2e1
 def _postgres(s: "Server") -> Launch:
     beside = Path(s.program).resolve().parent
     cluster = s.data / "cluster"
@@ -180,7 +180,7 @@ def _create_database(url: str) -> None:
     except psycopg.Error as e:
         raise NotHealthy(f"there is no database {name!r}, and it cannot be made: {str(e).strip()}") from e
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #0442d643
 def _mlflow(s: "Server") -> Launch:
     env = {
         "MLFLOW_BACKEND_STORE_URI": s.database or f"sqlite:///{s.data}/mlflow.db",
@@ -205,7 +205,7 @@ def _prometheus(s: "Server") -> Launch:
     args = [f"--web.listen-address={HOST}:{s.port}", f"--storage.tsdb.path={s.data}"]
     return [s.program, f"--config.file={s.write('prometheus.yml', [text])}", *args], {}
 
-# %% ../notebooks/0_start/02_servers.ipynb #69a83d38
+# %% ../notebooks/0_start/02_servers.ipynb #da33497c
 @dataclass(frozen=True)
 class Service:
     "One server: how to ask for its health, start it and install it."
@@ -222,7 +222,7 @@ class Service:
     stop: signal.Signals = signal.SIGTERM  # asks it to end
     patience: int = 60  # seconds until it has to be healthy
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #bd472314
 _PIP = "pip install -c constraints.txt -e '.[all]'"
 SERVICES = {
     s.name: s
@@ -255,11 +255,11 @@ def find_program(name: str) -> str | None:
     "Where a server's program is installed, or None."
     return shutil.which(name, path=os.pathsep.join([*PLACES, os.environ.get("PATH", "")]))
 
-# %% ../notebooks/0_start/02_servers.ipynb #413793d5
+# %% ../notebooks/0_start/02_servers.ipynb #2326019b
 class ServerError(RuntimeError):
     "A server did not start or did not end. The message holds the end of its log and what to do."
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #4b06d610
 class Home:
     "The folder of one server: its data, its log, and a note, server.json, of the process that runs there."
 
@@ -304,7 +304,7 @@ class Home:
         text = self.log.read_text(errors="replace") if self.log.is_file() else ""
         return "\n".join(text.splitlines()[-lines:])
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #b0c0f11e
 def _gone(process: psutil.Process) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -322,7 +322,7 @@ def _wait_gone(processes: list[psutil.Process], seconds: float) -> bool:
         time.sleep(0.02)
     return True
 
-# %% ../notebooks/0_start/02_servers.ipynb #5645996f
+# %% ../notebooks/0_start/02_servers.ipynb #5f3fa6f7
 class Server(Home):
     "One server that can be started, checked, ended and killed; the same folder again is the same data again."
 
@@ -427,7 +427,7 @@ class Server(Home):
                     family += [process] if here and os.getpgid(process.pid) == pid else []
         return family
 
-
+# %% ../notebooks/0_start/02_servers.ipynb #72398dc5
 @contextmanager
 def server(
     name: str,  # redis, rabbitmq, postgres, mlflow, chroma, prometheus

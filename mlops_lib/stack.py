@@ -22,7 +22,7 @@ from .servers import SERVICES, Home, NotHealthy, Server, ServerError, Service, f
 from .servers import server as server  # for tests: from mlops_lib.stack import server
 from .settings import Settings, load_settings, mask
 
-# %% ../notebooks/0_start/03_stack.ipynb #e86d3bb6
+# %% ../notebooks/0_start/03_stack.ipynb #7981fc6a
 @dataclass(frozen=True)
 class State:
     "One server of the stack, as a command found it or left it."
@@ -48,7 +48,7 @@ def address(
     value = getattr(settings, SERVICES[name].setting)
     return value if value and urlsplit(value).hostname else None
 
-
+# %% ../notebooks/0_start/03_stack.ipynb #c8378fbd
 def _place(url: str) -> str:
     "The address at which to start our own: this one, or a free port where this one is taken."
     parts = urlsplit(url)
@@ -73,7 +73,7 @@ def _moved(name: str, settings: Settings, url: str) -> dict[str, list[str]]:
         return {"chroma_port": [str(settings.chroma_port), port]}
     return {setting: [was, url] for setting, value in settings if value and value == was}
 
-# %% ../notebooks/0_start/03_stack.ipynb #d447f7fd
+# %% ../notebooks/0_start/03_stack.ipynb #4ad57f04
 def _with(
     names: Sequence[str],  # (): all
     related: Callable[[Service], Sequence[str]],  # what comes along with a service
@@ -102,7 +102,7 @@ def _open(one: Server) -> bool:
         return not os.environ.get("GRAFANA_PASSWORD")
     return one.url == default and not default.startswith("http")
 
-
+# %% ../notebooks/0_start/03_stack.ipynb #93f88561
 def docker_answers() -> bool:
     "Is there a Docker engine that answers, with Docker Compose?"
     docker = shutil.which("docker")
@@ -121,7 +121,7 @@ def _compose(root: Path, *args: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return "\n".join(done.stdout.splitlines()[-50:])
 
-# %% ../notebooks/0_start/03_stack.ipynb #39af76bf
+# %% ../notebooks/0_start/03_stack.ipynb #07724b8f
 class Stack:
     "The servers of a workspace's profile `stack`."
 
@@ -241,7 +241,7 @@ class Stack:
             raise ValueError(f"{name} {why}.")
         return one.tail(lines)
 
-
+# %% ../notebooks/0_start/03_stack.ipynb #ba4e64b0
 def addresses(
     root: Path | None = None,  # None: the workspace of the working folder
     environ: Mapping[str, str] | None = None,  # None: os.environ

@@ -176,6 +176,12 @@ def test_compose_and_settings_and_services_agree() -> None:
         assert all((ROOT / v).exists() for v in mounted if v.startswith(".")), mounted
 
 
+def test_the_command_line_knows_every_server() -> None:
+    from mlops_lib.cli import SERVER
+
+    assert list(SERVER.choices) == list(SERVICES)
+
+
 def test_compose_has_the_credentials_and_versions_of_the_workspace() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     services = yaml.safe_load(text)["services"]

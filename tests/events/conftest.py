@@ -1,6 +1,7 @@
 """A bus over each transport, on a namespace of its own that is gone after the test."""
 
 import contextlib
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,30 @@ import pytest
 
 from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.schema import DataIngested, Event
+from mlops_lib.servers import SERVICES, Server, find_program, server
 
-SCHEMES = ["memory", "sqlite"]
+SCHEMES = ["memory", "sqlite", "redis", "amqp"]
+
+
+def private(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
+    "A server of our own; without its program the test is skipped, or fails where MLOPS_REQUIRE_STACK=1."
+    service = SERVICES[name]
+    if not find_program(service.program):
+        why = f"{name} not tested: {service.program} is not installed ({service.install})"
+        (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") == "1" else pytest.skip)(why)
+    return server(name, folder)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with private("redis", tmp_path_factory.mktemp("redis")) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with private("rabbitmq", tmp_path_factory.mktemp("rabbitmq")) as one:
+        yield one
 
 
 @pytest.fixture(params=SCHEMES)
@@ -19,13 +42,17 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def address(scheme: str, tmp_path: Path) -> Iterator[tuple[str, dict]]:
+def address(scheme: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, dict]]:
     "Where the broker is, and options that keep one test apart from the others."
     name = f"t{uuid.uuid4().hex[:10]}"
     if scheme == "memory":
         yield f"memory://{name}", {}
     elif scheme == "sqlite":
         yield f"sqlite:///{tmp_path}/bus.db", {"lease": 2.0}
+    elif scheme == "redis":
+        yield request.getfixturevalue("redis_server").url, {"namespace": name, "lease": 2.0}
+    elif scheme == "amqp":
+        yield request.getfixturevalue("rabbitmq_server").url, {"namespace": name}
 
 
 @pytest.fixture

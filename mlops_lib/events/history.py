@@ -201,6 +201,16 @@ class Story(list[Event]):
 
     _repr_html_ = to_html
 
+    def to_text(self) -> str:
+        "The story as lines; each event stands under the one that caused it."
+        depth: dict[str, int] = {}
+        lines = []
+        for e in self:
+            depth[e.event_id] = depth.get(e.causation_id or "", -1) + 1
+            after = (e.timestamp - self[0].timestamp).total_seconds()
+            lines.append(f"+{after:9.3f} s  {'  ' * depth[e.event_id]}{e.event_type} ({e.source_service})")
+        return "\n".join(lines)
+
 # %% ../../notebooks/4_events/42_history.ipynb #152cda67
 _HEAD = """<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">
 <path d="M0,0 L8,4 L0,8 z" fill="#999"/></marker></defs>"""

@@ -346,7 +346,7 @@ class _Waiting(_Publishing):
             with suppress(BusError), self._asking() as db:
                 db.client_unblock(number)
 
-# %% ../../notebooks/4_events/48_redis_streams.ipynb #f372fe59
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #79c15c3b
 class _Consuming(_Waiting):
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -385,7 +385,8 @@ class _Consuming(_Waiting):
             self._swept[queue] = now
         got: list[Delivery] = []
         for priority, entries, tries in found:
-            got += [_delivery(queue, priority, *e, int(n)) for e, n in zip(entries, tries or repeat(0), strict=False)]
+            for (number, values), attempts in zip(entries, tries or repeat(0), strict=False):
+                got.append(_delivery(queue, priority, number, values, int(attempts)))
         return due, got
 
 
@@ -445,7 +446,7 @@ end
 return revived
 """
 
-# %% ../../notebooks/4_events/48_redis_streams.ipynb #895d9f89
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #d7cdd6dc
 class _Letters(_Settling):
     def park(self, message: Message, failure: Failure) -> None:
         m = message
@@ -458,10 +459,12 @@ class _Letters(_Settling):
         self._patiently(time.monotonic() + self.timeout, store)
 
     def _pages(self, queue: str) -> Iterator[list[tuple[bytes, dict[bytes, bytes]]]]:
-        start: bytes = b"-"
-        while True:
+        start, letters = b"-", self._keys(queue)[7]
+        with self._asking() as db:
+            last = db.xrevrange(letters, count=1)  # what is buried from now on is not ours to replay
+        while last:
             with self._asking() as db:
-                page = db.xrange(self._keys(queue)[7], min=start, count=100)
+                page = db.xrange(letters, min=start, max=last[0][0], count=100)
             if not page:
                 return
             yield page

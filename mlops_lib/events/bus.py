@@ -78,19 +78,24 @@ class _Sending:
         self._publisher: threading.Thread | None = None
         _open.add(self)
 
-    def _message(self, event: Event, priority: str | None) -> Message:
-        if not isinstance(event, Event):
-            raise BusError(f"Only events can be published, not {type(event).__name__}: see mlops_lib.events.schema.")
+    def _message(self, event: Event, priority: Priority | None) -> Message:
         if self.stopped.is_set():
             raise BusError("This bus is closed.")
-        body = event.to_json()
+        try:
+            body, rank = event.to_json(), PRIORITIES[_priority(event, priority)]
+        except AttributeError:
+            kind = type(event).__name__
+            raise BusError(f"Only events can be published, not {kind}: see mlops_lib.events.schema.") from None
         if len(body) > self.max_bytes:
             raise EventError(f"An event of {len(body):,} bytes; at most {self.max_bytes:,} travel. Send a path, not the data.")
-        return Message(event.event_id, event.event_type, event.correlation_id, body, PRIORITIES[_priority(event, priority)])
+        return Message(event.event_id, event.event_type, event.correlation_id, body, rank)
 
     def _send(self, messages: Sequence[Message]) -> list[tuple[Message, Exception]]:
         failed: list[tuple[Message, Exception]] = []
-        for message, error in zip(messages, self.transport.publish(messages), strict=True):
+        results = self.transport.publish(messages)
+        if not any(results):
+            return failed
+        for message, error in zip(messages, results, strict=True):
             if isinstance(error, Unroutable) and self.unroutable == "park":
                 log.warning("no queue wants it, parked", extra={"event_type": message.routing_key, "event_id": message.event_id})
                 try:
@@ -135,9 +140,8 @@ class _Publishing(_Sending):
                 for event in chunk:
                     tx.publish(event, _priority(event, priority))
             else:
-                event_of = {e.event_id: e for e in chunk}
-                sent = self._send([self._message(e, priority) for e in chunk])
-                failed += [(event_of[m.event_id], error) for m, error in sent]
+                for message, error in self._send([self._message(e, priority) for e in chunk]):
+                    failed.append((next(e for e in chunk if e.event_id == message.event_id), error))
         if failed:
             raise PublishError(failed, total)
         return total

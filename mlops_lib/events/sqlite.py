@@ -53,7 +53,7 @@ create index if not exists ready on message(queue, priority desc, id) where stat
 create index if not exists lent on message(due) where state = 1;
 create index if not exists dead on message(queue, id) where state = 2;
 """
-_INSERT = "insert into message(queue, state, priority, event_id, routing_key, key, body) values (?, 0, ?, ?, ?, ?, ?)"
+_INSERT = "insert into message(queue, event_id, routing_key, key, body, priority, state) values (?, ?, ?, ?, ?, ?, 0)"
 
 # %% ../../notebooks/4_events/46_sqlite.ipynb #f1715832
 class _Wake:
@@ -167,30 +167,35 @@ class _Inlet(_File, Inlet):
             db.executemany("insert into binding values (?, ?)", [(queue, p) for p in set(patterns)])
         self._version = -1
 
-    def _wanted_by(self, db: sqlite3.Connection, routing_key: str) -> list[str]:
-        # data_version changes when another connection has written, total_changes tells nothing of those.
-        version = db.execute("pragma data_version").fetchone()[0]
-        if version != self._version:
-            bindings: dict[str, list[str]] = {}
-            for queue, pattern in db.execute("select queue, pattern from binding"):
-                bindings.setdefault(queue, []).append(pattern)
-            if bindings != self._bindings:
-                self._bindings, self._routes = bindings, {}
-            self._version = version
-        if routing_key not in self._routes:
-            self._routes[routing_key] = [q for q, ps in self._bindings.items() if any(matches(p, routing_key) for p in ps)]
-        return self._routes[routing_key]
+    def _refresh(self, db: sqlite3.Connection) -> None:
+        version = db.execute("pragma data_version").fetchone()[0]  # changes when another connection has written
+        if version == self._version:
+            return
+        bindings: dict[str, list[str]] = {}
+        for queue, pattern in db.execute("select queue, pattern from binding"):
+            bindings.setdefault(queue, []).append(pattern)
+        if bindings != self._bindings:
+            self._bindings, self._routes = bindings, {}
+        self._version = version
+
+    def _wanted_by(self, routing_key: str) -> list[str]:
+        if (found := self._routes.get(routing_key)) is None:
+            found = [q for q, ps in self._bindings.items() if any(matches(p, routing_key) for p in ps)]
+            self._routes[routing_key] = found
+        return found
 
     def publish(self, messages: Sequence[Message]) -> list[Exception | None]:
-        results: list[Exception | None] = []
+        results: list[Exception | None] = [None] * len(messages)
         rows = []
         try:
             with self._write() as db:
                 self._check_room(db)
-                for m in messages:
-                    queues = self._wanted_by(db, m.routing_key)
-                    results.append(None if queues else Unroutable(f"No queue wants {m.routing_key!r}."))
-                    rows += [(q, m.priority, m.event_id, m.routing_key, m.key, m.body) for q in queues]
+                self._refresh(db)
+                for i, message in enumerate(messages):
+                    if not (queues := self._wanted_by(message.routing_key)):
+                        results[i] = Unroutable(f"No queue wants {message.routing_key!r}.")
+                    for queue in queues:
+                        rows.append((queue, *message))
                 db.executemany(_INSERT, rows)
         except BusError as e:
             return [e] * len(messages)
@@ -211,8 +216,7 @@ class _Inlet(_File, Inlet):
 
     @staticmethod
     def _put_dead(db: sqlite3.Connection, queue: str, m: Message, failure: Failure) -> None:
-        row = (queue, m.priority, m.event_id, m.routing_key, m.key, m.body)
-        number = db.execute(_INSERT, row).lastrowid
+        number = db.execute(_INSERT, (queue, *m)).lastrowid
         _Inlet._mark_dead(db, number, failure)
 
     @staticmethod
@@ -309,11 +313,10 @@ class SqliteTransport(_Outlet, Transport):
         with self._write() as db:
             rows = [r for r in db.execute(sql, (queue,)).fetchall() if wanted is None or r[1] in wanted]
             if queue == UNROUTABLE:
-                rows = [r for r in rows if self._wanted_by(db, r[2])]
+                self._refresh(db)
+                rows = [r for r in rows if self._wanted_by(r[2])]
                 for number, *fields in rows:
-                    m = Message(*fields)
-                    for target in self._wanted_by(db, m.routing_key):
-                        db.execute(_INSERT, (target, m.priority, m.event_id, m.routing_key, m.key, m.body))
+                    db.executemany(_INSERT, [(target, *fields) for target in self._wanted_by(fields[1])])
                     db.execute("delete from message where id = ?", (number,))
             else:
                 again = "update message set state = 0, attempts = 0, due = null, failure = null where id = ?"

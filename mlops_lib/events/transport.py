@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .schema import Event, parse_event
 from ..settings import settings
@@ -98,8 +98,7 @@ def check_name(name: str) -> str:
     return name
 
 # %% ../../notebooks/4_events/44_transport.ipynb #3854c43c
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     "An event as a transport sees it."
 
     event_id: str

@@ -88,14 +88,14 @@ def durability(
         log.warning(f"a crash of this Redis may lose {lost}", extra={"server": where, "advice": "appendonly yes, appendfsync always"})
     return kept
 
-# %% ../../notebooks/4_events/48_redis_streams.ipynb #aff12fb1
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #7cdaae79
 class _Server:
     def __init__(self, url: str, namespace: str, timeout: float, lease: float):
         if timeout <= 0 or lease < 0.1:
             raise BusError(f"timeout={timeout:g} s must be more than 0, and lease={lease:g} s at least 0.1.")
         self.url, self.namespace, self.timeout, self.lease = url, check_name(namespace), timeout, lease
         self._me, self._ended = f"{os.getpid()}-{uuid.uuid4().hex[:8]}", threading.Event()
-        patience: dict[str, Any] = {"socket_timeout": 10, "socket_connect_timeout": 3, "retry": Retry(NoBackoff(), 0)}
+        patience: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 3, "retry": Retry(NoBackoff(), 0)}
         try:
             self._db: Any = redis.Redis.from_url(url, protocol=2, **patience)
         except ValueError:
@@ -310,7 +310,7 @@ end
 return {ready - delayed, delayed, redis.call('XLEN', KEYS[8])}
 """
 
-# %% ../../notebooks/4_events/48_redis_streams.ipynb #cea8a5b2
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #0410d029
 class _Waiting(_Publishing):
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -329,7 +329,7 @@ class _Waiting(_Publishing):
                     self._asleep.add(number)
                 if self._woken != woken:
                     db.client_unblock(number)
-                return connection.read_response(timeout=pause + 10) or []
+                return connection.read_response(timeout=pause + 5) or []
             except BaseException:
                 connection.disconnect()  # it may still wait
                 raise

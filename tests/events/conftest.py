@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 from mlops_lib.events.bus import Bus, connect
+from mlops_lib.events.kafka import LocalCluster
 from mlops_lib.events.schema import DataIngested, Event
 from mlops_lib.servers import SERVICES, Server, find_program, server
 
-SCHEMES = ["memory", "sqlite", "redis", "amqp"]
+SCHEMES = ["memory", "sqlite", "redis", "amqp", "kafka"]
 
 
-def private(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
+def private(name: str, folder: Path, url: str | None = None) -> contextlib.AbstractContextManager[Server]:
     "A server of our own; without its program the test is skipped, or fails where MLOPS_REQUIRE_STACK=1."
     service = SERVICES[name]
     if not find_program(service.program):
         why = f"{name} not tested: {service.program} is not installed ({service.install})"
         (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") == "1" else pytest.skip)(why)
-    return server(name, folder)
+    return server(name, folder, url)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with private("rabbitmq", tmp_path_factory.mktemp("rabbitmq")) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def kafka_cluster() -> Iterator[LocalCluster]:
+    with LocalCluster() as one:
         yield one
 
 
@@ -53,6 +60,9 @@ def address(scheme: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
         yield request.getfixturevalue("redis_server").url, {"namespace": name, "lease": 2.0}
     elif scheme == "amqp":
         yield request.getfixturevalue("rabbitmq_server").url, {"namespace": name}
+    elif scheme == "kafka":  # this cluster's fetches do not notice what arrives while they wait
+        quick = {"join": 2.0, "reorder": 0.05, "conf": {"fetch.wait.max.ms": 10}}
+        yield request.getfixturevalue("kafka_cluster").url, {"namespace": name, **quick}
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ ROUNDS = int(os.environ.get("MLOPS_KILL_ROUNDS", "5"))
 BROKERS: dict[str, tuple[str | None, dict]] = {  # name -> the server that it needs, options of its transport
     "sqlite": (None, {"lease": 2.0}),
     "rabbitmq": ("rabbitmq", {"namespace": "kill"}),
+    "redis": ("redis", {"namespace": "kill", "lease": 2.0}),
 }
 CASES = [(name, victim) for name, (needs, _) in BROKERS.items() for victim in ("broker", "publisher", "consumer") if needs or victim != "broker"]
 

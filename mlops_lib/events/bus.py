@@ -111,14 +111,18 @@ class _Sending:
 class _Publishing(_Sending):
     "Events into the broker, confirmed."
 
+    def _joined(self) -> Transaction | None:
+        tx: Transaction | None = getattr(in_handler, "tx", None)
+        return tx if tx and tx.path == self.ledger.path else None
+
     def publish(
         self,
         event: Event,
         priority: Priority | None = None,  # None: the payload's own, else normal
     ) -> Event:  # the event, once the broker has confirmed that it is stored
-        "Publish one event. Inside a handler with a transaction it is published when that commits."
+        "Publish one event. Inside a transaction of this bus it is published when that commits."
         message = self._message(event, priority)
-        if tx := getattr(in_handler, "tx", None):
+        if tx := self._joined():
             tx.publish(event, _priority(event, priority))
             return event
         for _, error in self._send([message]):
@@ -136,7 +140,7 @@ class _Publishing(_Sending):
         failed: list[tuple[Event, Exception]] = []
         for chunk in _chunks(events, window):
             total += len(chunk)
-            if tx := getattr(in_handler, "tx", None):
+            if tx := self._joined():
                 for event in chunk:
                     tx.publish(event, _priority(event, priority))
             else:
@@ -153,8 +157,15 @@ class _Outgoing(_Publishing):
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         "Change rows of the ledger's database and publish, in one commit; the events go out right after it."
+        if self._joined():
+            raise LedgerError("This thread is inside a transaction already: use its tx, a file has one writer at a time.")
+        outer = getattr(in_handler, "tx", None)  # of another bus
         with self.ledger.transaction() as tx:
-            yield tx
+            in_handler.tx = tx
+            try:
+                yield tx
+            finally:
+                in_handler.tx = outer
         self._keep()
         self.relay()
 
@@ -163,7 +174,11 @@ class _Outgoing(_Publishing):
         sent = 0
         try:
             while rows := self.ledger.take_outbox():
-                failed = {m.event_id for m, _ in self._send([Message(*row[1:]) for row in rows])}
+                try:
+                    failed = {m.event_id for m, _ in self._send([Message(*row[1:]) for row in rows])}
+                except BusError:
+                    self.ledger.free_outbox([row[0] for row in rows])
+                    raise
                 done = [row[0] for row in rows if row[1] not in failed]
                 self.ledger.drop_outbox(done)
                 sent += len(done)

@@ -50,6 +50,7 @@ class Payload(BaseModel):
         coerce_numbers_to_str=True,  # a registry's version 3 is "3"
         ser_json_inf_nan="strings",  # a loss of NaN is news, and JSON has no word for it
         protected_namespaces=(),
+        defer_build=True,  # sixteen classes take longer to build than a command that needs none of them
     )
     __pydantic_extra__: dict[str, JsonValue]  # what cannot travel is refused here, too
 
@@ -77,7 +78,7 @@ class Event(BaseModel):
 
     # What every sender has to say. For events made in Python most of it has a default, hence only here.
     needed: ClassVar = ("event_id", "event_type", "timestamp", "source_service", "correlation_id", "payload")
-    model_config = ConfigDict(Payload.model_config, json_schema_extra={"required": list(needed)})
+    model_config = ConfigDict(**Payload.model_config, json_schema_extra={"required": list(needed)})
     __pydantic_extra__: dict[str, JsonValue]
     types: ClassVar[dict[str, type["Event"]]] = {}  # every event type that is known in this process
 
@@ -340,13 +341,6 @@ class DocumentIndexed(Event):
 MAX_BYTES = 1_000_000  # an event says where the data is; it does not carry them
 
 
-def _show(value: Any) -> str:
-    try:
-        return repr(value)[:80]
-    except (ValueError, RecursionError):  # a number of a million digits, a list in a list in a list …
-        return f"a {type(value).__name__} too large to show"
-
-
 def _explain(error: ValidationError) -> str:
     problems = []
     for p in error.errors(include_url=False)[:3]:
@@ -357,9 +351,9 @@ def _explain(error: ValidationError) -> str:
         elif p["type"] == "union_tag_not_found":
             problems.append("event_type is missing")
         elif where == "version":
-            problems.append(f"version {_show(p['input'])} is not known, this is version 1: update mlops_lib")
+            problems.append(f"version {repr(p['input'])[:80]} is not known, this is version 1: update mlops_lib")
         else:
-            problems.append(f"{where[:80]}: {p['msg']}, got {_show(p['input'])}".removeprefix(": "))
+            problems.append(f"{where[:80]}: {p['msg']}, got {repr(p['input'])[:80]}".removeprefix(": "))
     return "Not an event: " + "; ".join(problems) + "."
 
 # %% ../../notebooks/4_events/40_schema.ipynb #b75eb3e2
@@ -439,7 +433,7 @@ def _as_cloud(data: bytes | bytearray) -> dict[str, Any] | None:
 
 def _from_cloud(data: dict[str, Any]) -> dict[str, Any]:
     if data["specversion"] != "1.0":
-        raise EventError(f"Not an event: CloudEvents version {_show(data['specversion'])} is not known, only 1.0.")
+        raise EventError(f"Not an event: CloudEvents version {repr(data['specversion'])[:80]} is not known, only 1.0.")
     own = {_CLOUD[name]: value for name, value in data.items() if name in _CLOUD}
     own |= {name: value for name, value in data.items() if name not in _OURS}
     try:

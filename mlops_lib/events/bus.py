@@ -268,15 +268,21 @@ class _Inspecting(_Subscribing):
 
     def drain(self, timeout: float = 30.0) -> None:
         "Wait until all that this bus subscribes to is handled. Raises TimeoutError, with what is left."
-        deadline, before = time.monotonic() + timeout, None
+        deadline, before, fetched = time.monotonic() + timeout, None, [0]
         while True:
+            waiting = self.ledger.outbox_size()  # looked at first: an event goes from there into a queue, never back
             work = sorted(self.subscriptions, key=lambda s: s.queue)
             left = {s.queue: self.transport.depth(s.queue) for s in work}
-            quiet = all(s.idle() for s in work) and not any(d["ready"] or d["delayed"] for d in left.values())
-            now = [(s.handled, s.retried, s.buried, s.duplicates) for s in work]
-            if quiet and now == before and not self.ledger.outbox_size():
-                return
-            before = now if quiet else None
+            quiet = not waiting and all(s.idle() for s in work) and not any(d["ready"] or d["delayed"] for d in left.values())
+            now = [(s, s.handled, s.retried, s.buried, s.duplicates) for s in work]
+            if not quiet:
+                before = None
+            elif now != before:
+                before, fetched = now, [s.fetched for s in work]
+            elif all(s.fetched > n for s, n in zip(work, fetched, strict=True)):
+                return  # since the first look each was asked once more: nothing was on its way from queue to handler
+            if quiet:
+                self.transport.wake()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"Not drained after {timeout:g} s: {left}, {work}")
             self.stopped.wait(0.005)

@@ -126,6 +126,7 @@ class _Receiving:
     def __init__(self, bus: "Bus", queue: str, concurrency: int, prefetch: int):
         self.bus, self.queue, self.prefetch = bus, queue, prefetch
         self.handled = self.retried = self.buried = self.duplicates = 0
+        self.fetched = 0  # how often the transport was asked and has answered
         self._lanes = Lanes(exclusive=concurrency > 1)
         self._held: dict[str, Delivery] = {}  # event id -> what is lent to us
         self._ready = threading.Condition()
@@ -312,6 +313,7 @@ class Subscription(_Handling):
         finally:
             with self._ready:
                 self._receiving = False
+                self.fetched += 1
                 for delivery in fresh:
                     self._held[delivery.message.event_id] = delivery
                     self._lanes.push(delivery)

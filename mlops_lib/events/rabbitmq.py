@@ -3,13 +3,12 @@
 # %% auto #0
 __all__ = ['log', 'T', 'RabbitTransport']
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #a9892a1a
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #f0b53a2e
 import asyncio
 import contextlib
 import itertools
 import json
 import logging
-import os
 import random
 import threading
 import time
@@ -123,7 +122,7 @@ class _Channel:
             with contextlib.suppress(AMQPError):
                 await closed
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #98444b4f
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3e926c3c
 class _Link:
     "One connection to the broker. When it is lost it comes back, and `setup` is run again."
 
@@ -135,11 +134,13 @@ class _Link:
         lost: Callable[[], None],
     ):
         self.parameters, self.place, self._setup, self._lost = parameters, place, setup, lost
-        self.up, self.error = asyncio.Event(), BusUnavailable(f"RabbitMQ at {place} does not answer.")
+        self.up = asyncio.Event()
+        self.error: BusError = BusUnavailable(f"RabbitMQ at {place} does not answer.")
         self.connection: Any = None
         self.blocked = ""  # why the broker takes no more messages
         self._gone: asyncio.Future = asyncio.get_running_loop().create_future()
         self._keeper: asyncio.Task | None = None
+        self.on_room: Callable[[], None] = lambda: None  # called when a broker that was full takes messages again
 
     async def connect(self) -> None:
         "Raises BusUnavailable or BusRefused."
@@ -157,7 +158,7 @@ class _Link:
             raise _explain(result, self.place) from None
         self.connection, self._gone, self.blocked = result, gone, ""
         result.add_on_connection_blocked_callback(lambda _, f: setattr(self, "blocked", f.method.reason or "no room"))
-        result.add_on_connection_unblocked_callback(lambda *_: setattr(self, "blocked", ""))
+        result.add_on_connection_unblocked_callback(lambda *_: self._unblocked())
         try:
             await self._setup()
         except AMQPError as e:
@@ -165,6 +166,10 @@ class _Link:
                 result.close()
             raise _explain(e, self.place) from None
         self.up.set()
+
+    def _unblocked(self) -> None:
+        self.blocked = ""
+        self.on_room()
 
     def keep(self) -> None:
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
@@ -192,7 +197,7 @@ class _Link:
             self.connection.close()
             await asyncio.wait([self._gone], timeout=5)
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #b59ef61e
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #49360aa7
 class _Batch:
     "What one call of publish waits for."
 
@@ -216,6 +221,7 @@ class _Publisher:
     def __init__(self, parameters: pika.URLParameters, place: str, timeout: float, exchange: str, queues: Sequence[str]):
         self.link = _Link(parameters, place, self._setup, self._lost)
         self.timeout, self.exchange, self._queues = timeout, exchange, queues
+        self.link.on_room = self._send_again
         self._channel: Any = None
         self._number = 0  # how many were sent over this channel
         self._sent: dict[int, tuple[_Batch, int]] = {}  # and not confirmed
@@ -231,6 +237,9 @@ class _Publisher:
         channel.raw.add_on_close_callback(lambda *_: self._closed(channel.raw))
         await channel.call("confirm_delivery", self._confirmed)
         self._channel = channel.raw
+        self._send_again()
+
+    def _send_again(self) -> None:
         again, self._unsent = self._unsent, deque()
         self._send(again)
 
@@ -303,7 +312,7 @@ class _Publisher:
                     batch.settle(i, error)
         return batch.results
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #20adb00f
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #a9bddce7
 class _Session:
     "A channel that feeds one queue: what was delivered over it can be acked over it only."
 
@@ -323,18 +332,19 @@ class _Session:
     def give_back(self, tags: Sequence[int]) -> None:
         for tag in tags:
             if self.open and self.unacked.pop(tag, self) is None:
-                self.channel.raw.basic_nack(tag, requeue=True)
+                self.channel.raw.basic_nack(tag)
 
 
 class _Feed:
     "What the broker has sent of one queue, and who waits for it."
 
-    def __init__(self, queue: str):
-        self.queue, self.ready = queue, threading.Condition()
+    def __init__(self, queue: str, patience: float):
+        self.queue, self.patience, self.ready = queue, patience, threading.Condition()
         self.lanes: tuple[deque[Delivery], ...] = (deque(), deque(), deque())  # one for each priority
         self.session: _Session | None = None
         self.changing = asyncio.Lock()
         self.tag: str | None = None  # of the consumer, while there is one
+        self.held: dict[int, asyncio.TimerHandle] = {}  # retries that are not due yet
         self.limit = self.readers = 0
         self.used = 0.0  # when somebody asked for the last time
         self.waiting = False
@@ -357,8 +367,8 @@ class _Feed:
 
     def deliver(self, channel: Any, method: Any, properties: pika.BasicProperties, body: bytes) -> None:
         session, tag = self.session, method.delivery_tag
-        if session is None or method.consumer_tag != self.tag:
-            channel.basic_nack(tag, requeue=True)
+        if session is None or not self.tag or not method.consumer_tag.startswith(self.tag):
+            channel.basic_nack(tag)
             return
         session.unacked[tag] = None
         delivery = _delivery(self.queue, method, properties, body)
@@ -366,6 +376,36 @@ class _Feed:
         self.lanes[delivery.message.priority].append(delivery)
         if self.waiting:
             self.wake()
+
+    def hold(self, channel: Any, method: Any, properties: pika.BasicProperties, body: bytes) -> None:
+        "Keep a retry until it is due."
+        wait = (properties.headers["due"] - time.time() * 1000) / 1000
+        loop, session, tag = asyncio.get_running_loop(), self.session, method.delivery_tag
+        if session is None or method.consumer_tag != f"{self.tag}-retry":
+            channel.basic_nack(tag)
+            return
+        session.unacked[tag] = None
+
+        def done() -> None:
+            del self.held[tag]
+            if wait > self.patience:  # the broker must not be kept waiting any longer: take it again
+                session.give_back([tag])
+            else:
+                self.deliver(channel, method, properties, body)
+
+        self.held[tag] = loop.call_later(min(max(0, wait), self.patience), done)
+
+    def clear(self) -> list[int]:
+        "Forget what nobody has asked for; returns the tags."
+        with self.ready:
+            tags = [d.receipt[1] for lane in self.lanes for d in lane]
+            for lane in self.lanes:
+                lane.clear()
+        for tag, timer in self.held.items():
+            timer.cancel()
+            tags.append(tag)
+        self.held = {}
+        return tags
 
 
 def _delivery(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> Delivery:
@@ -379,7 +419,7 @@ def _delivery(queue: str, method: Any, properties: pika.BasicProperties, body: b
     )
     return Delivery(queue, message, headers.get("attempts", 0) if headers else 0)
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #5e157844
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3a367225
 _CLAIMS = """
 create table if not exists claim(
     id integer primary key, broker text, queue text, owner text, event_id text, routing_key text, key text,
@@ -421,7 +461,7 @@ class _Claims:
             return []
         self._looked[queue] = time.monotonic()
         sql = "select id, owner, event_id, routing_key, key, body, priority, attempts from claim where broker = ? and queue = ?"
-        found = []
+        found: list[Delivery] = []
         for number, owner, *fields, attempts in self.run(sql, self._broker, queue):
             if len(found) == limit:
                 self._looked.pop(queue)  # there is more
@@ -446,7 +486,7 @@ def _alive(owner: str) -> bool:
     except psutil.NoSuchProcess:
         return False
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #b57790f9
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #c1223278
 def _item(exchange: str, key: str, m: Message, attempts: int = 0, **more: Any) -> tuple[str, str, bytes, pika.BasicProperties]:
     headers = more.pop("headers", {}) | ({"attempts": attempts} if attempts else {})
     story: str | None = m.key
@@ -483,10 +523,6 @@ class RabbitTransport(Transport):
         self._bound: dict[str, list[str]] = {}
         self._feeds: dict[str, _Feed] = {}
         self._ids: set[str] = set()
-        self._delays: set[tuple[str, int]] = set()  # that this transport has made
-        self._returning: dict[tuple[str, str], float] = {}  # (queue, event id) -> when its retry should be here
-        self._known: dict[str, Any] = {}
-        self._known_at = 0.0
         self._woken, self._seen = 0, threading.local()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -530,7 +566,8 @@ class RabbitTransport(Transport):
                     except AMQPError:
                         await asyncio.sleep(0.05)
         except TimeoutError:
-            raise self._in.error from None
+            late = BusUnavailable(f"RabbitMQ at {self.place} did not answer within {self.timeout:g} s.")
+            raise late if self._in.up.is_set() else self._in.error from None
 
     async def _open(self) -> None:
         # Two connections: a broker that is out of room stops reading from those that publish, and acks must go on.
@@ -561,12 +598,10 @@ class RabbitTransport(Transport):
             self._end(feed)
 
     def _end(self, feed: _Feed) -> None:
-        with feed.ready:
-            for lane in feed.lanes:
-                lane.clear()  # the broker delivers it again
-            if feed.session:
-                feed.session.open = False
-            feed.session = feed.tag = None
+        feed.clear()  # the broker delivers it again
+        if feed.session:
+            feed.session.open = False
+        feed.session = feed.tag = None
 
     async def _tick(self) -> None:
         while True:
@@ -581,7 +616,8 @@ class RabbitTransport(Transport):
     async def _declare(self, queue: str, patterns: Iterable[str], not_wanted: Iterable[str] = ()) -> None:
         name, exchange = self._name(queue), self._name("events")
         async with _Channel(self._in.connection) as channel:
-            await channel.call("queue_declare", self._dead(queue), durable=True)
+            for other in (self._dead(queue), name + ":retry"):
+                await channel.call("queue_declare", other, durable=True)
             await channel.call("queue_declare", name, durable=True, arguments={"x-max-priority": 2})
             for pattern in patterns:
                 await channel.call("queue_bind", name, exchange, pattern)
@@ -595,32 +631,25 @@ class RabbitTransport(Transport):
 
         async def act() -> None:
             # Noted before it is bound: a later bind has to know what to take back.
-            known = await self._registry(queue, patterns=wanted)
-            await self._declare(queue, wanted, set(known[queue]["patterns"]) - set(wanted))
+            known = await self._registry(queue, wanted)
+            await self._declare(queue, wanted, set(known[queue]) - set(wanted))
             self._bound[queue] = wanted
 
         self._run(self._patiently(act))
 
-    async def _registry(self, queue: str = "", **news: Iterable[Any]) -> dict[str, dict[str, list]]:
-        "What is known of each queue: the patterns and the delays that it ever had. It is one message in a queue."
+    async def _registry(self, queue: str = "", patterns: Iterable[str] = ()) -> dict[str, list[str]]:
+        "The queues that are known, with every pattern that they ever had. It is one message in a queue."
         name = f"{self.namespace}:registry"
         async with self._all(name) as (channel, messages):
-            known: dict[str, dict[str, list]] = {}
+            known: dict[str, list[str]] = {}
             for *_, body in messages:
-                for other, facts in json.loads(body).items():
-                    mine = known.setdefault(other, {"patterns": [], "delays": []})
-                    for fact, values in facts.items():
-                        mine[fact] = sorted({*mine[fact], *values})
-            if queue:
-                before = json.dumps(known)
-                mine = known.setdefault(queue, {"patterns": [], "delays": []})
-                for fact, values in news.items():
-                    mine[fact] = sorted({*mine[fact], *values})
-                if json.dumps(known) != before or len(messages) != 1:
-                    await self._send([_item("", name, Message("registry", name, "", json.dumps(known).encode()))])
-                    for method, *_ in messages:
-                        channel.raw.basic_ack(method.delivery_tag)
-            self._known, self._known_at = known, time.monotonic()
+                for other, had in json.loads(body).items():
+                    known[other] = sorted({*known.get(other, ()), *had})
+            if queue and not (queue in known and {*patterns} <= {*known[queue]}):
+                known[queue] = sorted({*known.get(queue, ()), *patterns})
+                await self._send([_item("", name, Message("registry", name, "", json.dumps(known).encode()))])
+                for method, *_ in messages:
+                    channel.raw.basic_ack(method.delivery_tag)
             return known
 
     async def _send(self, items: Sequence[tuple]) -> None:
@@ -666,12 +695,10 @@ class RabbitTransport(Transport):
                 feed.used = time.monotonic()
             taken = feed.take(limit) if woken == self._woken else []
             self._seen.woken = self._woken
-        for delivery in taken if self._returning else ():
-            self._returning.pop((queue, delivery.message.event_id), None)
         return taken
 
     async def _new_feed(self, queue: str) -> _Feed:
-        return self._feeds.setdefault(queue, _Feed(queue))
+        return self._feeds.setdefault(queue, _Feed(queue, self.claim_after))
 
     async def _start(self, feed: _Feed, limit: int, woken: int) -> None:
         try:
@@ -690,8 +717,10 @@ class RabbitTransport(Transport):
                     channel.raw.add_on_cancel_callback(lambda _: setattr(feed, "tag", None))
                 await feed.session.channel.call("basic_qos", prefetch_count=feed.limit)
                 feed.tag = f"{self.namespace}-{uuid.uuid4().hex[:12]}"  # ours, because messages may come before the answer
-                name = self._name(feed.queue)
-                await feed.session.channel.call("basic_consume", name, feed.deliver, consumer_tag=feed.tag)
+                name, call = self._name(feed.queue), feed.session.channel.call
+                await call("basic_consume", name, feed.deliver, consumer_tag=feed.tag)
+                await call("basic_qos", prefetch_count=5_000)
+                await call("basic_consume", name + ":retry", feed.hold, consumer_tag=feed.tag + "-retry")
         except ChannelClosedByBroker as e:
             if e.reply_code == 404 and feed.queue in self._bound:  # somebody deleted it
                 await self._patiently(lambda: self._declare(feed.queue, self._bound[feed.queue]))
@@ -704,12 +733,9 @@ class RabbitTransport(Transport):
     async def _stop(self, feed: _Feed) -> None:
         tag, feed.tag = feed.tag, None
         if feed.session and tag:
-            with feed.ready:
-                back = [d.receipt[1] for lane in feed.lanes for d in lane]
-                for lane in feed.lanes:
-                    lane.clear()
-            feed.session.give_back(back)
-            await feed.session.channel.call("basic_cancel", tag)
+            feed.session.give_back(feed.clear())
+            for consumer in (tag, tag + "-retry"):
+                await feed.session.channel.call("basic_cancel", consumer)
 
     def wake(self) -> None:
         self._woken += 1
@@ -746,24 +772,13 @@ class RabbitTransport(Transport):
     def retry(self, delivery: Delivery, delay: float, failure: Failure | None) -> None:
         if not self._valid(delivery):
             return
-        queue, attempts = delivery.queue, failure.attempts if failure else delivery.attempts
-        wait = max(1, round(delay * 1000))  # ms
-        step = 50 << max(0, (-(-wait // 50) - 1).bit_length())  # 50, 100, 200, ...: the short never wait behind the long
-        name = f"{self._name(queue)}:delay:{step}"
-        self._returning[queue, delivery.message.event_id] = time.monotonic() + delay
-        if (queue, step) not in self._delays:
-            self._run(self._patiently(lambda: self._new_delay(queue, step, name)))
-        self._run(self._send([_item("", name, delivery.message, attempts, expiration=str(wait))]))
+        # Not a queue whose messages expire into the first one, as is usual: the broker moves those without a confirm,
+        # and a kill -9 on the way lost most of them. A consumer holds the retry until it is due, unacked.
+        attempts = failure.attempts if failure else delivery.attempts
+        due = {"due": int((time.time() + delay) * 1000)}
+        name = self._name(delivery.queue) + ":retry"
+        self._run(self._send([_item("", name, delivery.message, attempts, headers=due)]))
         self.ack([delivery])
-
-    async def _new_delay(self, queue: str, step: int, name: str) -> None:
-        back = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self._name(queue)}
-        # A quorum queue moves what has expired with a confirm; a classic one hopes for the best.
-        safely = {"x-queue-type": "quorum", "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-        async with _Channel(self._in.connection) as channel:
-            await channel.call("queue_declare", name, durable=True, arguments=back | safely)
-        await self._registry(queue, delays=[step])
-        self._delays.add((queue, step))
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for d in deliveries:
@@ -850,21 +865,14 @@ class RabbitTransport(Transport):
         return self._run(self._patiently(lambda: self._depth(queue)))
 
     async def _depth(self, queue: str) -> dict[str, int]:
-        if time.monotonic() - self._known_at > 1:
-            await self._registry()
-        steps = {*self._known.get(queue, {}).get("delays", ()), *(s for q, s in self._delays if q == queue)}
-        delayed = sum(await asyncio.gather(*(self._count(f"{self._name(queue)}:delay:{s}") for s in steps)))
-        feed = self._feeds.get(queue)
-        if feed and feed.session and feed.tag:  # asked over the same channel: what was delivered before has been counted by us
-            ready = await _left(feed.session.channel, self._name(queue))
+        name, feed = self._name(queue), self._feeds.get(queue)
+        if feed and feed.session and feed.tag:  # asked over the same channel: what was delivered before is counted here
+            channel, unacked = feed.session.channel, feed.session.unacked
+            ready, delayed = await _left(channel, name), await _left(channel, name + ":retry") + len(feed.held)
+            just_lent = time.monotonic() - feed.used < 0.1  # and may not have reached the handler
+            ready += len(unacked) - len(feed.held) if just_lent else feed.size()
         else:
-            ready = await self._count(self._name(queue))
-        if feed:  # what was lent this very moment may not have reached the handler
-            just_lent = feed.session and time.monotonic() - feed.used < 0.1
-            ready += len(feed.session.unacked) if feed.session and just_lent else feed.size()
-        if not delayed and not ready:  # on the way from one queue to the other it is in neither
-            now = time.monotonic()
-            delayed = sum(q == queue and now < due + 2 for (q, _), due in list(self._returning.items()))
+            ready, delayed = await self._count(name), await self._count(name + ":retry")
         return {"ready": ready, "delayed": delayed, "dead": await self._count(self._dead(queue))}
 
     async def _count(self, name: str) -> int:
@@ -943,6 +951,6 @@ async def _left(channel: _Channel, name: str) -> int:
 
 def _letter(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> DeadLetter:
     m, h = _delivery(queue, method, properties, body).message, properties.headers or {}
-    why = [str(h.get(name, "")) for name in ("error_type", "error", "traceback")]
+    kind, error, text = (str(h.get(name, "")) for name in ("error_type", "error", "traceback"))
     at = datetime.fromtimestamp(int(h.get("at", 0)) / 1000, UTC)
-    return DeadLetter(queue, m.event_id, m.routing_key, body, *why, int(h.get("attempts", 0)), at)
+    return DeadLetter(queue, m.event_id, m.routing_key, body, kind, error, text, int(h.get("attempts", 0)), at)

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from urllib.parse import quote
 from uuid import uuid4
 
 from pydantic import (
@@ -409,7 +410,9 @@ _CLOUD = {
 
 
 _OURS = {*_CLOUD, "specversion", "datacontenttype", "extra"}
-_ATTRIBUTE = re.compile(r"[a-z0-9]{1,20}")
+_ATTRIBUTE, _TEXT = re.compile(r"[a-z0-9]{1,20}"), re.compile(_PLAIN)
+_C = r"(?:[\w.~!$&'()*+,;=@/?-]|%[0-9A-Fa-f]{2})"  # of RFC 3986; a colon only behind a scheme
+_URI = re.compile(f"(?:[A-Za-z][A-Za-z0-9+.-]*:(?:{_C}|:)+|{_C}+)(?:#{_C}*)?", re.ASCII)
 
 
 def to_cloudevent(event: Event) -> dict[str, Any]:
@@ -418,8 +421,10 @@ def to_cloudevent(event: Event) -> dict[str, Any]:
     cloud = {name: plain.pop(own) for name, own in _CLOUD.items() if plain.get(own) is not None}
     plain.pop("causation_id", None)
     # What else the sender said is an attribute where the standard allows one, and travels as JSON in `extra` where not.
-    for name in [n for n, v in plain.items() if _ATTRIBUTE.fullmatch(n) and n not in _OURS and isinstance(v, str) and v]:
+    for name in [n for n, v in plain.items() if _ATTRIBUTE.fullmatch(n) and n not in _OURS and isinstance(v, str) and _TEXT.match(v)]:
         cloud[name] = plain.pop(name)
+    if not _URI.fullmatch(cloud["source"]):  # there it has to be a URI reference
+        plain["source_service"], cloud["source"] = cloud["source"], quote(cloud["source"], safe="")
     return {"specversion": "1.0", "datacontenttype": "application/json", **cloud} | ({"extra": json.dumps(plain)} if plain else {})
 
 
@@ -443,7 +448,7 @@ def _from_cloud(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise EventError("Not an event: the attribute `extra` is not an object in JSON.")
     story = {"correlation_id": data["id"]} if "id" in data else {}  # most senders do not know ours: it begins one
-    return story | extra | own
+    return story | own | extra
 
 # %% ../../notebooks/4_events/40_schema.ipynb #cb6b9e47
 def asyncapi(

@@ -180,7 +180,7 @@ def _chunks(messages: Sequence[Message], size: int = 4_000_000) -> Iterator[Sequ
         yield messages[start:]
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #1a962035
-class _Publishing(_Server):
+class _Binding(_Server):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._routes: _Routes | None = None
@@ -197,6 +197,8 @@ class _Publishing(_Server):
         self._routes = _Routes(*found)
         return self._routes
 
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #b9a17a01
+class _Publishing(_Binding):
     def publish(self, messages: Sequence[Message]) -> list[Exception | None]:
         results: list[Exception | None] = []
         deadline = time.monotonic() + self.timeout
@@ -308,6 +310,8 @@ if what ~= 'retry' then
 end
 return #mine
 """
+
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #028e4d39
 _SCRIPTS["depth"] = """
 -- KEYS: the queue's
 local ready, delayed = 0, 0
@@ -393,7 +397,7 @@ class _Consuming(_Waiting):
                 got.append(_delivery(queue, priority, number, values, int(attempts)))
         return due, got
 
-
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #912255ec
 def _delivery(queue: str, priority: int, number: bytes, values: list[bytes], attempts: int = 0) -> Delivery:
     entry = dict(zip(values[::2], values[1::2], strict=False))
     return Delivery(queue, _message(entry, priority), attempts, number.decode())
@@ -491,7 +495,7 @@ class _Letters(_Settling):
                 revived += self._run("revive", self._keys(queue), *(number for number, _ in chosen))
         return revived
 
-
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #2ffe78e7
 def _letter(queue: str, number: bytes, entry: dict[bytes, bytes]) -> DeadLetter:
     m, why = _message(entry, 3 - int(entry[b"stream"])), json.loads(entry[b"failure"])
     at = datetime.fromtimestamp(int(number.split(b"-")[0]) / 1000, UTC)
@@ -514,17 +518,9 @@ end
 """
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #e7dd6049
-class RedisTransport(_Letters, Transport):
-    "Queues in Redis for any number of machines: of each a stream for every priority, with a group that works on it."
-
-    def __init__(
-        self,
-        url: str,  # redis://user:password@host:6379/0; rediss:// with TLS
-        namespace: str = "mlops",  # what the keys begin with
-        timeout: float = 30.0,  # seconds for which publishing tries again when the connection is lost
-        lease: float = 30.0,  # seconds until what a dead consumer held is delivered again
-    ):
-        super().__init__(url, namespace, timeout, lease)
+class _Claiming(_Letters):
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._claims: dict[str, Lock] = {}
         self._heart: threading.Thread | None = None
 
@@ -557,6 +553,19 @@ class RedisTransport(_Letters, Transport):
         if lock := self._claims.pop(consumer_id, None):
             with self._complaining(f"the consumer's id {consumer_id!r} was lost already"), self._asking():
                 lock.release()
+
+# %% ../../notebooks/4_events/48_redis_streams.ipynb #b5c6b407
+class RedisTransport(_Claiming, Transport):
+    "Queues in Redis for any number of machines: of each a stream for every priority, with a group that works on it."
+
+    def __init__(
+        self,
+        url: str,  # redis://user:password@host:6379/0; rediss:// with TLS
+        namespace: str = "mlops",  # what the keys begin with
+        timeout: float = 30.0,  # seconds for which publishing tries again when the connection is lost
+        lease: float = 30.0,  # seconds until what a dead consumer held is delivered again
+    ):
+        super().__init__(url, namespace, timeout, lease)
 
     def close(self) -> None:
         if self._ended.is_set():

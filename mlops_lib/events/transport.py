@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,27 +61,25 @@ class PublishError(BusError):
         super().__init__(f"{len(self.failed)} of {total} events were not published. {' '.join(reasons[:3])}")
 
 # %% ../../notebooks/4_events/44_transport.ipynb #46d6d6f8
-_WORD = re.compile(r"[\w-]+")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
-
-
-@lru_cache(maxsize=4096)
-def _match(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not words
-    if pattern[0] == "#":
-        return _match(pattern[1:], words) or bool(words) and _match(pattern, words[1:])
-    return bool(words) and pattern[0] in ("*", words[0]) and _match(pattern[1:], words[1:])
-
-
 def matches(
     pattern: str,  # words with dots between them; * stands for one word, # for any number of words, also none
     routing_key: str,
 ) -> bool:
     "Does a queue that is bound with this pattern want this event? The rules are those of RabbitMQ's topic exchange."
-    return _match(tuple(pattern.split(".")), tuple(routing_key.split(".")))
+    words = routing_key.split(".")
+    ends = {0}  # how many words of the key the pattern so far can stand for
+    for part in pattern.split("."):
+        if part == "#":
+            ends = set(range(min(ends), len(words) + 1)) if ends else ends
+        else:
+            ends = {n + 1 for n in ends if n < len(words) and part in ("*", words[n])}
+    return len(words) in ends
 
 # %% ../../notebooks/4_events/44_transport.ipynb #e8617ebe
+_WORD = re.compile(r"[\w-]+", re.ASCII)  # brokers count bytes, not letters
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+
+
 def check_pattern(pattern: str) -> str:
     "Refuse what is not a routing pattern."
     words = pattern.split(".") if isinstance(pattern, str) and len(pattern) <= 200 else [""]

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['log', 'LocalCluster', 'KafkaTransport']
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #dc455a79
+# %% ../../notebooks/4_events/49_kafka.ipynb #e02098a2
 import ctypes
 import glob
 import heapq
@@ -14,6 +14,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -139,7 +140,7 @@ def _address(url: str) -> dict[str, str]:
         conf |= {"sasl.username": unquote(user), "sasl.password": unquote(password)}
     return conf
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #4d2fe60f
+# %% ../../notebooks/4_events/49_kafka.ipynb #31108e75
 class _Cluster:
     "The connection: settings, topics, and how errors are told."
 
@@ -157,8 +158,8 @@ class _Cluster:
         reorder: float = 0.02,  # seconds that an event waits for older ones from other partitions
         conf: Mapping[str, Any] | None = None,  # more settings of librdkafka, for example security.protocol
     ):
-        if "." in check_name(namespace) or not namespace.isascii():
-            raise BusError(f"The namespace {namespace!r} may have ASCII letters, digits, - and _ only.")
+        if "." in check_name(namespace):
+            raise BusError(f"The namespace {namespace!r} must not have a dot: topics are named namespace.dead.queue.")
         self.lease, self.join, self._reorder = lease, join, reorder
         self.url, self.namespace, self._timeout = mask(url), namespace, timeout
         self._partitions, self._replication, self._retention = partitions, replication, retention
@@ -172,7 +173,7 @@ class _Cluster:
 
     def _noted(self, error: KafkaError) -> None:
         if self._trouble is None or error.code() in _REFUSED:
-            log.warning("kafka", extra={"url": self.url, "error": error.str()})
+            log.warning("kafka does not answer", extra={"url": self.url, "error": error.str()})
             self._trouble = error
 
     def _look(self, seconds: float = 5.0) -> Any:
@@ -252,7 +253,7 @@ def _message(m: Any) -> tuple[Message, dict[str, str]]:
     level = int(priority) if priority in ("0", "1", "2") else 1
     return Message(headers.get("id", ""), headers.get("type", ""), key, m.value() or b"", level), headers
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #c61b0c4d
+# %% ../../notebooks/4_events/49_kafka.ipynb #2ced3f06
 class _Appending(_Cluster):
     "Records into the log, confirmed."
 
@@ -296,6 +297,9 @@ class _Appending(_Cluster):
             results = [BusUnavailable(f"{self.url}: no confirmation") if n not in told else r for n, r in enumerate(results)]
         if None in results:
             self._trouble = None
+        elif any(isinstance(e, BusRefused) for e in results):
+            with suppress(KafkaException):  # so that a right that is granted later is noticed
+                self._producer.list_topics(timeout=2)
         return results
 
     def _produce(self, r: _Record, report: Any) -> None:
@@ -315,7 +319,7 @@ class _Appending(_Cluster):
             if error:
                 raise error
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #05153d47
+# %% ../../notebooks/4_events/49_kafka.ipynb #fadf1cda
 class _Tables(_Appending):
     "Topics of which only the last record of each key counts: who wants what, and what is dead."
 
@@ -340,14 +344,23 @@ class _Tables(_Appending):
             if topic not in self._tables:
                 self._tables[topic], self._read_to[topic] = {}, 0
                 self._follower.incremental_assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
-            end = self._follower.get_watermark_offsets(TopicPartition(topic, 0), timeout=5)[1]
-            deadline = time.monotonic() + 30
+            end, deadline = self._end(topic), time.monotonic() + 30
             while self._read_to[topic] < end:
                 if (m := self._follower.poll(0.1)) is not None:  # a message without a value is false
                     self._keep(m)
                 if time.monotonic() > deadline:
                     raise BusUnavailable(f"{self.url}: {topic} could not be read to its end.")
             return dict(self._tables[topic])
+
+    def _end(self, topic: str, seconds: float = 5.0) -> int:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._follower.get_watermark_offsets(TopicPartition(topic, 0), timeout=seconds)[1]
+            except KafkaException:  # after a lost connection it takes a moment until the partition is known again
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def _keep(self, m: Any) -> None:
         topic = m.topic()
@@ -367,7 +380,7 @@ class _Tables(_Appending):
                 eras[0][1] = {t: [min(pair) for pair in zip(eras[0][1][t], old[0][1][t], strict=False)] for t in eras[0][1]}
             table[key] = eras
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #315d7abf
+# %% ../../notebooks/4_events/49_kafka.ipynb #f0eaa57d
 class _Inlet(_Tables, Inlet):
     "Events into the log, if somebody wants them."
 
@@ -386,7 +399,7 @@ class _Inlet(_Tables, Inlet):
 
     def _ends(self, topics: Sequence[str]) -> dict[str, list[int]]:
         "Where the partitions of these topics end."
-        parts = [TopicPartition(t, n) for t in topics for n in range(self._known[t])]
+        parts = [TopicPartition(t, n) for t in topics for n in range(self._known.get(t, 0))]
         ends: dict[str, list[int]] = {t: [] for t in topics}
         with self._told():
             asked = self._admin.list_offsets({p: OffsetSpec.latest() for p in parts}, request_timeout=5)
@@ -395,8 +408,6 @@ class _Inlet(_Tables, Inlet):
         return ends
 
     def bind(self, queue: str, patterns: Sequence[str]) -> None:
-        if not queue.isascii():
-            raise BusError(f"{queue!r}: Kafka's names are ASCII letters, digits, dots, - and _.")
         self._make([self._dead_topic(queue)], cleanup_policy="compact")
         self._make([f"{self.namespace}.retry.{queue}"], self._partitions, retention_ms=str(int(self._retention * 1000)))
         wanted, eras = sorted(set(patterns)), self._bindings().get(queue, [])
@@ -405,7 +416,9 @@ class _Inlet(_Tables, Inlet):
             self._bind(queue, mine)
             if (merged := self._bindings()[queue])[0] != mine[0]:
                 self._bind(queue, merged)
-        self._reader(queue).joined.wait(self.join)
+        reader = self._reader(queue)
+        if not reader.joined.wait(self.join) and reader.trouble:
+            raise _as_bus_error(reader.trouble, self.url)
 
     def _bind(self, queue: str, eras: list[Any]) -> None:
         self._append_one(_Record(self._bound, queue, json.dumps(eras).encode(), partition=0))
@@ -414,19 +427,23 @@ class _Inlet(_Tables, Inlet):
     def _reader(self, queue: str) -> "_Reader":
         "This process's member of the queue's group, at work."
 
+    def _wanted_by_any(self, messages: Sequence[Message], age: float) -> list[bool]:
+        eras = self._bindings(age).values()
+        return [any(self._wants(e, m.routing_key) for e in eras) for m in messages]
+
     def publish(self, messages: Sequence[Message]) -> list[Exception | None]:
-        results: list[Exception | None] = [None] * len(messages)
+        unwanted: dict[str, Exception] = {m.routing_key: Unroutable(f"No queue wants {m.routing_key!r}.") for m in messages}
+        age = 1.0 if self._trouble is None else float("inf")  # nothing is asked before sending while nobody answers
         try:
-            wanted = [any(self._wants(eras, m.routing_key) for eras in self._bindings(1.0).values()) for m in messages]
+            wanted = self._wanted_by_any(messages, age)
             if not all(wanted):  # perhaps somebody does since a moment ago
-                wanted = [any(self._wants(eras, m.routing_key) for eras in self._bindings().values()) for m in messages]
+                wanted = self._wanted_by_any(messages, 0.0)
         except BusError as e:
-            return [e] * len(messages)
+            wanted = [any(self._wants(eras, m.routing_key) for eras in self._eras.values()) for m in messages]
+            unwanted = {m.routing_key: e for m in messages}
         sent = [_record(self._events[m.priority], m, sent=self._now()) for m, w in zip(messages, wanted, strict=True) if w]
         answers = iter(self._append(sent))
-        for number, m in enumerate(messages):
-            results[number] = next(answers) if wanted[number] else Unroutable(f"No queue wants {m.routing_key!r}.")
-        return results
+        return [next(answers) if w else unwanted[m.routing_key] for m, w in zip(messages, wanted, strict=True)]
 
     @staticmethod
     def _wants(eras: list[Any], routing_key: str, topic: str = "", partition: int = 0, offset: int = -1) -> bool:
@@ -446,7 +463,7 @@ class _Inlet(_Tables, Inlet):
         about.key, about.partition = f"{m.event_id}@{self._now()}", 0
         return about
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #39959b28
+# %% ../../notebooks/4_events/49_kafka.ipynb #bd3c9f13
 @dataclass(eq=False, slots=True)
 class _Part:
     "A partition that is ours: how far it was read, and what of it is not finished."
@@ -454,7 +471,7 @@ class _Part:
     topic: str
     number: int
     next: int  # the offset that is read next
-    end: int  # where it ended when we got it
+    end: int  # where it ended when we last looked
     committed: int
     open: deque[int] = field(default_factory=deque)
     done: set[int] = field(default_factory=set)
@@ -557,7 +574,7 @@ class _Buffer:
             self.parts.pop((part.topic, part.number), None)
         self.lent = {item for item in self.lent if not item.part.gone}
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #e0120f29
+# %% ../../notebooks/4_events/49_kafka.ipynb #31b32acd
 _MOST, _MOST_BYTES = 2_000, 4_000_000  # what is read ahead of each partition
 
 
@@ -571,6 +588,7 @@ class _Group(_Buffer):
         self.joined, self.closing, self._committed = threading.Event(), False, 0.0
         group = {"group.id": f"{home.namespace}.{queue}", "group.protocol": "consumer", "enable.auto.commit": False}
         more = {"auto.offset.reset": "earliest", "enable.partition.eof": True, "max.poll.interval.ms": 86_400_000}
+        more["on_commit"] = self._answered
         self._consumer = Consumer(home._conf | group | more)
         self._consumer.subscribe(self._topics, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
@@ -591,27 +609,38 @@ class _Group(_Buffer):
         if commit:
             self._commit(commit)
 
-    def _commit(self, parts: Sequence[_Part]) -> None:
+    def _commit(self, parts: Sequence[_Part], last: bool = False) -> None:
         with self.changed:
-            lows = {(p.topic, p.number): p.low() for p in parts}
-        todo = [p for p in parts if lows[p.topic, p.number] > p.committed]
+            offsets = [TopicPartition(p.topic, p.number, p.low()) for p in parts if p.low() > p.committed]
+            for p in parts:
+                p.committed = p.low()
         try:
-            if todo:
-                offsets = [TopicPartition(p.topic, p.number, lows[p.topic, p.number]) for p in todo]
+            if offsets and last:
                 self._consumer.commit(offsets=offsets, asynchronous=False)
-            for p in todo:
-                p.committed = lows[p.topic, p.number]
-        except KafkaException as e:  # the next commit says it again; or the next owner handles it again, and the ledger knows
-            log.warning("offsets not committed", extra={"queue": self.queue, "error": str(e)})
+            elif offsets:
+                self._consumer.commit(offsets=offsets)
+        except KafkaException as e:
+            self._answered(e.args[0], offsets)
+
+    def _answered(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        if error:  # the next commit says it again; or the next owner delivers it again, and the ledger knows
+            log.warning("offsets not committed", extra={"queue": self.queue, "error": error.str()})
+            for p in offsets:
+                if part := self.parts.get((p.topic, p.partition)):
+                    part.committed = -1
 
     def _assigned(self, consumer: Consumer, given: list[TopicPartition]) -> None:
         births = self.home._eras.get(self.queue, [[[], {}]])[0][1]
-        try:
-            known = {(p.topic, p.partition): p.offset for p in consumer.committed(given, timeout=10)}
-            ends = self.home._ends(self._topics)
-        except (KafkaException, BusError) as e:  # then from the beginning: too much, which the ledger notices, is better than too little
-            log.warning("offsets not known", extra={"queue": self.queue, "error": str(e)})
-            known, ends = {}, {}
+        known: dict[tuple[str, int], int] = {}
+        ends: dict[str, list[int]] = {}
+        while not self.closing:
+            try:
+                known = {(p.topic, p.partition): p.offset for p in consumer.committed(given, timeout=5)}
+                ends = self.home._ends(self._topics)
+                break
+            except (KafkaException, BusError) as e:  # the connection was lost again: the cluster waits
+                log.warning("offsets not known", extra={"queue": self.queue, "error": str(e)})
+                time.sleep(0.2)
         for p in given:
             birth = births.get(p.topic, [])
             first = birth[p.partition] if p.partition < len(birth) else 0
@@ -632,14 +661,14 @@ class _Group(_Buffer):
             while not self.closing and any(item.part.gone for item in self.lent):
                 self.give_back([item for item in self.lent if item.until < time.monotonic()])
                 self.changed.wait(0.1)
-        self._commit(parts)
+        self._commit(parts, last=True)
         self._lost(consumer, taken)
 
     def _lost(self, consumer: Consumer, taken: list[TopicPartition]) -> None:
         with self.changed:
             self.forget([p for t in taken if (p := self.parts.get((t.topic, t.partition)))])
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #21cb10f3
+# %% ../../notebooks/4_events/49_kafka.ipynb #4d7c7a47
 class _Reader(_Group):
     "Reads a queue's partitions, in a thread of its own."
 
@@ -654,7 +683,7 @@ class _Reader(_Group):
     def _run(self) -> None:
         try:
             while not self._leaves():
-                if (first := self._consumer.poll(0.1)) is not None:
+                if (first := self._consumer.poll(0.05)) is not None:
                     self._place([first, *self._consumer.consume(999, 0)])
                 self._care()
         except KafkaException as e:
@@ -662,7 +691,7 @@ class _Reader(_Group):
             log.warning("kafka consumer ended", extra={"queue": self.queue, "error": str(e)})
         finally:
             self.gone = self.closing = True
-            self._commit(list(self.parts.values()))
+            self._commit(list(self.parts.values()), last=True)
             self._consumer.close()
             with self.changed:
                 self.forget(list(self.parts.values()))
@@ -686,6 +715,9 @@ class _Reader(_Group):
                 break
             except BusError:
                 time.sleep(0.1)
+        ends = {(m.topic(), m.partition()): 0 for m, content in read if content}
+        for topic, number in ends:  # what the last answer told, without asking again
+            ends[topic, number] = self._consumer.get_watermark_offsets(TopicPartition(topic, number), cached=True)[1]
         with self.changed:
             ready = time.monotonic() + self.home._reorder
             for (m, content), want in zip(read, wanted, strict=True):
@@ -693,7 +725,7 @@ class _Reader(_Group):
                 if content is None or part is None:
                     self._note(part, m)
                 elif m.offset() >= part.next:
-                    part.next = m.offset() + 1
+                    part.next, part.end = m.offset() + 1, max(part.end, ends[part.topic, part.number])
                     if want:
                         part.open.append(m.offset())
                         self.put(self._item(part, m, *content, ready))
@@ -747,7 +779,7 @@ class _Reader(_Group):
         with self.changed:
             self.closing = True
             self.changed.notify_all()
-        self.thread.join(15)
+        self.thread.join(5)  # what cannot be said to a cluster that is away, the group finds out
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #5971d1d0
 class _Outlet(_Inlet, Outlet):
@@ -799,7 +831,7 @@ class _Outlet(_Inlet, Outlet):
             self._append_one(record)
             self.ack([delivery])
 
-# %% ../../notebooks/4_events/49_kafka.ipynb #b4140041
+# %% ../../notebooks/4_events/49_kafka.ipynb #b97862f2
 class KafkaTransport(_Outlet, Transport):
     "Queues as consumer groups over Kafka's log. Needs Kafka 4.0 or newer, or what speaks its group protocol."
 
@@ -844,8 +876,9 @@ class KafkaTransport(_Outlet, Transport):
         if queue not in self._bindings(1.0):
             return {"ready": 0, "delayed": 0, "dead": dead}
         retry, reader = f"{self.namespace}.retry.{queue}", self._readers.get(queue)
-        ends, left, later = self._ends([*self._events, retry]), 0, 0
-        others = []
+        if retry not in self._known:  # bound by another process
+            self._look()
+        ends, left, others = self._ends([*self._events, retry]), 0, []
         with reader.changed if reader else self._lock:
             mine = reader.parts if reader else {}
             later = sum(not item.part.gone for *_, item in reader.delayed) if reader else 0
@@ -879,19 +912,22 @@ class KafkaTransport(_Outlet, Transport):
     # ---- consumers
 
     def claim(self, consumer_id: str) -> None:
+        "By a group of which the consumer is the only static member: a second one of that name is not let in."
         joined = threading.Event()
         static = {"group.id": f"{self.namespace}.claim.{consumer_id}", "group.instance.id": consumer_id}
         static |= {"group.protocol": "consumer", "enable.auto.commit": "false", "max.poll.interval.ms": "86400000"}
         with self._told():
             member = Consumer(self._conf | static)
             member.subscribe([self._bound], on_assign=lambda *_: joined.set())
-            deadline, refused = time.monotonic() + min(self.join, 5), False
-            while not joined.is_set() and not refused and time.monotonic() < deadline:
-                refused = (m := member.poll(0.05)) is not None and m.error() is not None
+            deadline, error = time.monotonic() + min(self.join, 5), None
+            while not joined.is_set() and not error and time.monotonic() < deadline:
+                error = m.error() if (m := member.poll(0.05)) is not None else None
         if joined.is_set() and consumer_id not in self._claims:
             self._claims[consumer_id] = member
             return
         member.close()
+        if error and error.code() in _REFUSED:
+            raise _as_bus_error(error, self.url)
         self._look()  # is it perhaps the cluster that is away?
         raise ConsumerExists(f"A consumer {consumer_id!r} is at work on {self.url}: choose another id, or stop it.")
 

@@ -3,13 +3,15 @@
 # %% auto #0
 __all__ = ['log', 'T', 'RabbitTransport']
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #f0b53a2e
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #517e6f18
 import asyncio
 import contextlib
 import itertools
 import json
 import logging
 import random
+import sqlite3
+import struct
 import threading
 import time
 import uuid
@@ -17,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +27,9 @@ import pika
 import psutil
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorException
-from pika.exceptions import AMQPConnectionError, AMQPError, ChannelClosedByBroker, ChannelWrongStateError
+from pika.exceptions import AMQPConnectionError, AMQPError, ChannelClosedByBroker
+from pika.frame import Method, decode_frame
+from pika.spec import Basic
 
 from .outbox import LedgerError, open_database
 from mlops_lib.events.transport import (
@@ -48,18 +53,20 @@ log = get_logger(__name__)
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it has to say becomes an error or a line of our own
 T = TypeVar("T")
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #de98641a
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #1c77c8ce
 def _reason(error: BaseException) -> BaseException:
     "What is behind the errors of pika that only wrap another."
     while True:
-        if isinstance(error, AMQPConnectionWorkflowFailed) and error.exceptions:
-            error = error.exceptions[-1]
-        elif isinstance(error, AMQPConnectorException) and error.exception:
-            error = error.exception
-        elif isinstance(error, AMQPConnectionError) and error.args and isinstance(error.args[0], BaseException):
-            error = error.args[0]
-        else:
+        inner: Any = None
+        if isinstance(error, AMQPConnectionWorkflowFailed):
+            inner = error.exceptions[-1]
+        elif isinstance(error, AMQPConnectorException):
+            inner = error.exception
+        elif isinstance(error, AMQPConnectionError) and error.args:
+            inner = error.args[0]
+        if not isinstance(inner, BaseException):
             return error
+        error = inner
 
 
 def _explain(
@@ -68,15 +75,16 @@ def _explain(
 ) -> BusError:
     "The bus's own error for one of pika's."
     error = _reason(error)
-    code, text = getattr(error, "reply_code", None), getattr(error, "reply_text", "") or str(error) or type(error).__name__
-    if code in (403, 530) or type(error).__name__.startswith("Probable"):
+    text = getattr(error, "reply_text", "") or str(error) or type(error).__name__
+    if getattr(error, "reply_code", None) in (403, 530) or type(error).__name__.startswith("Probable"):
         return BusRefused(f"RabbitMQ at {place} refuses: {text}. Check user, password and virtual host.")
     if isinstance(error, ChannelClosedByBroker):
         return BusError(f"RabbitMQ at {place} cannot do that: {text}")
     return BusUnavailable(f"RabbitMQ at {place} does not answer: {text}")
 
-
-def _set(future: asyncio.Future, result: Any) -> None:
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #441b2f51
+def _settle(future: asyncio.Future, result: Any) -> None:
+    "Set a result unless there is one."
     if not future.done():
         future.set_result(result)
 
@@ -87,7 +95,7 @@ class _Channel:
     def __init__(self, connection: AsyncioConnection):
         self._waiting: set[asyncio.Future] = set()
         self._opened = self._expect()
-        self.raw = connection.channel(on_open_callback=lambda _: _set(self._opened, None))
+        self.raw = connection.channel(on_open_callback=lambda _: _settle(self._opened, None))
         self.raw.add_on_close_callback(self._closed)
 
     def _expect(self) -> asyncio.Future:
@@ -97,68 +105,150 @@ class _Channel:
         return future
 
     def _closed(self, _: Any, reason: Exception) -> None:
-        for future in list(self._waiting):
-            if not future.done():
-                future.set_exception(reason)
-                future.exception()  # seen, whether or not somebody still waits
+        for future in [f for f in self._waiting if not f.done()]:
+            future.set_exception(reason)
+            future.exception()  # seen, whether or not somebody still waits
+
+    async def open(self) -> "_Channel":
+        await self._opened
+        return self
 
     async def call(self, method: str, *args: Any, **options: Any) -> Any:
         "Call a method of pika's channel and wait for the broker's answer."
         answer = self._expect()
         try:
-            getattr(self.raw, method)(*args, callback=lambda frame: _set(answer, frame.method), **options)
+            getattr(self.raw, method)(*args, callback=lambda frame: _settle(answer, frame.method), **options)
             return await answer
         finally:
             answer.cancel()
 
-    async def __aenter__(self) -> "_Channel":
-        await self._opened
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def close(self) -> None:
         if self.raw.is_open:
             closed = self._expect()
             self.raw.close()
             with contextlib.suppress(AMQPError):
                 await closed
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3e926c3c
+    __aenter__ = open
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #9a593bf1
+_FRAME, _CONTENT = struct.Struct(">BHL"), struct.Struct(">HHQH")
+_PLAIN = 0x9C80  # the fields of `_TYPE`, delivery mode, priority, correlation id, message id; no other
+_TYPE = b"\x10application/json"
+
+
+@lru_cache(maxsize=4096)
+def _publish_frame(channel: int, exchange: str, key: str) -> bytes:
+    return Method(channel, Basic.Publish(exchange=exchange, routing_key=key, mandatory=True)).marshal()
+
+
+def _encode(channel: int, exchange: str, key: str, m: Message) -> bytes:
+    "The frames of a persistent, mandatory message, as pika would write them, in a tenth of the time."
+    story, name, size = m.key.encode(), m.event_id.encode(), len(m.body)
+    fields = bytes((2, m.priority, len(story))) + story + bytes((len(name),)) + name
+    head = _CONTENT.pack(60, 0, size, _PLAIN) + _TYPE + fields
+    frames = _publish_frame(channel, exchange, key) + _FRAME.pack(2, channel, len(head)) + head + b"\xce"
+    return frames + _FRAME.pack(3, channel, size) + m.body + b"\xce" if size else frames
+
+
+class _Connection(AsyncioConnection):
+    "pika's connection, with a short way for messages that `encode` has written."
+
+    takers: dict[int, Callable[..., None]]  # channel -> who takes its messages
+    _frame_buffer: bytes
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        data, at = self._frame_buffer + data_in if self._frame_buffer else data_in, 0
+        while len(data) - at >= 8:
+            kind, channel, size = _FRAME.unpack_from(data, at) if data[at] < 9 else (0, 0, 0)
+            if kind == 1 and data[at + 7 : at + 11] == b"\x00\x3c\x00\x3c" and channel in self.takers:
+                used = self._take(data, at, channel, size)
+                if used < 0:
+                    break  # not all of it is here
+                if used:
+                    at += used
+                    continue
+            end = at + size + 8 if kind else len(data)
+            used, frame = decode_frame(data[at:end])
+            if frame is None:
+                break
+            at += used
+            self._frame_buffer = b""
+            self.bytes_received += used
+            self._process_frame(frame)
+        self._frame_buffer = data[at:]
+
+    def _take(self, data: bytes, at: int, channel: int, size: int) -> int:
+        "Hand over one message; how many bytes it was; 0: pika must read it; -1: wait for more."
+        head = at + size + 8
+        if len(data) < head + 7:
+            return -1
+        head_size = _FRAME.unpack_from(data, head)[2]
+        body = head + head_size + 8
+        if len(data) < body + 7:
+            return -1
+        fields = head + 7 + _CONTENT.size
+        _, _, length, flags = _CONTENT.unpack_from(data, head + 7)
+        if flags != _PLAIN or not data.startswith(_TYPE, fields) or _FRAME.unpack_from(data, body)[2] != length or not length:
+            return 0
+        end = body + length + 8
+        if len(data) < end:
+            return -1
+        tag_at = at + 12 + data[at + 11]
+        key_at = tag_at + 10 + data[tag_at + 9]
+        story = fields + 19
+        name = story + 1 + data[story]
+        m = Message(
+            data[name + 1 : name + 1 + data[name]].decode("utf-8", "replace"),
+            data[key_at + 1 : key_at + 1 + data[key_at]].decode("utf-8", "replace"),
+            data[story + 1 : name].decode("utf-8", "replace"),
+            data[body + 7 : end - 1],
+            min(2, data[fields + 18]),
+        )
+        self.bytes_received += end - at
+        self.takers[channel](data[at + 12 : tag_at], int.from_bytes(data[tag_at : tag_at + 8], "big"), m)
+        return end - at
+
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #316ae812
 class _Link:
     "One connection to the broker. When it is lost it comes back, and `setup` is run again."
 
     def __init__(
         self,
         parameters: pika.URLParameters,
-        place: str,
+        place: str,  # for messages
         setup: Callable[[], Awaitable[None]],
         lost: Callable[[], None],
+        room: Callable[[], None] = lambda: None,  # called when a broker that was full takes messages again
     ):
-        self.parameters, self.place, self._setup, self._lost = parameters, place, setup, lost
+        self.parameters, self.place, self._setup, self._lost, self._room = parameters, place, setup, lost, room
         self.up = asyncio.Event()
         self.error: BusError = BusUnavailable(f"RabbitMQ at {place} does not answer.")
         self.connection: Any = None
         self.blocked = ""  # why the broker takes no more messages
         self._gone: asyncio.Future = asyncio.get_running_loop().create_future()
         self._keeper: asyncio.Task | None = None
-        self.on_room: Callable[[], None] = lambda: None  # called when a broker that was full takes messages again
 
     async def connect(self) -> None:
         "Raises BusUnavailable or BusRefused."
         loop = asyncio.get_running_loop()
         opened, gone = loop.create_future(), loop.create_future()
-        AsyncioConnection(
+        _Connection(
             self.parameters,
-            on_open_callback=lambda connection: _set(opened, connection),
-            on_open_error_callback=lambda _, error: _set(opened, error),
-            on_close_callback=lambda _, error: _set(gone, error),
+            on_open_callback=lambda connection: _settle(opened, connection),
+            on_open_error_callback=lambda _, error: _settle(opened, error),
+            on_close_callback=lambda _, error: _settle(gone, error),
             custom_ioloop=loop,
-        )
+        ).takers = {}
         result = await opened
         if isinstance(result, BaseException):
             raise _explain(result, self.place) from None
         self.connection, self._gone, self.blocked = result, gone, ""
-        result.add_on_connection_blocked_callback(lambda _, f: setattr(self, "blocked", f.method.reason or "no room"))
-        result.add_on_connection_unblocked_callback(lambda *_: self._unblocked())
+        result.add_on_connection_blocked_callback(lambda _, frame: self._block(frame.method.reason or "no room"))
+        result.add_on_connection_unblocked_callback(lambda *_: self._block(""))
         try:
             await self._setup()
         except AMQPError as e:
@@ -167,11 +257,13 @@ class _Link:
             raise _explain(e, self.place) from None
         self.up.set()
 
-    def _unblocked(self) -> None:
-        self.blocked = ""
-        self.on_room()
+    def _block(self, why: str) -> None:
+        self.blocked = why
+        if not why:
+            self._room()
 
     def keep(self) -> None:
+        "From now on, come back."
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def _keep(self) -> None:
@@ -197,14 +289,16 @@ class _Link:
             self.connection.close()
             await asyncio.wait([self._gone], timeout=5)
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #49360aa7
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #372a0108
+_Item = tuple[str, str, Message, pika.BasicProperties | None]  # exchange, routing key, message, unusual properties
+
+
 class _Batch:
     "What one call of publish waits for."
 
-    def __init__(self, items: Sequence[tuple[str, str, bytes, pika.BasicProperties]]):
-        self.items = items
+    def __init__(self, items: Sequence[_Item]):
+        self.items, self.left = items, len(items)
         self.results: list[Any] = [...] * len(items)
-        self.left = len(items)
         self.done: asyncio.Future = asyncio.get_running_loop().create_future()
 
     def settle(self, number: int, result: Exception | None) -> None:
@@ -212,16 +306,15 @@ class _Batch:
             self.results[number] = result
             self.left -= 1
             if not self.left:
-                _set(self.done, None)
+                _settle(self.done, None)
 
 
 class _Publisher:
-    "Sends in windows and keeps each message until the broker has confirmed it."
+    "Sends in windows and keeps each message until the broker has confirmed it, over lost connections, too."
 
     def __init__(self, parameters: pika.URLParameters, place: str, timeout: float, exchange: str, queues: Sequence[str]):
-        self.link = _Link(parameters, place, self._setup, self._lost)
+        self.link = _Link(parameters, place, self._setup, lambda: self._closed(self._channel), self._send_again)
         self.timeout, self.exchange, self._queues = timeout, exchange, queues
-        self.link.on_room = self._send_again
         self._channel: Any = None
         self._number = 0  # how many were sent over this channel
         self._sent: dict[int, tuple[_Batch, int]] = {}  # and not confirmed
@@ -229,7 +322,7 @@ class _Publisher:
         self._returned: Counter[str] = Counter()
 
     async def _setup(self) -> None:
-        channel = await _Channel(self.link.connection).__aenter__()
+        channel = await _Channel(self.link.connection).open()
         await channel.call("exchange_declare", self.exchange, "topic", durable=True)
         for name in self._queues:
             await channel.call("queue_declare", name, durable=True)
@@ -243,11 +336,8 @@ class _Publisher:
         again, self._unsent = self._unsent, deque()
         self._send(again)
 
-    def _lost(self) -> None:
-        self._closed(self._channel)
-
     def _closed(self, channel: Any) -> None:
-        if channel is not self._channel or channel is None:
+        if channel is None or channel is not self._channel:
             return
         self._channel, self._number = None, 0
         self._unsent.extendleft(reversed(self._sent.values()))
@@ -257,25 +347,32 @@ class _Publisher:
             self.link.connection.close()
 
     def _send(self, work: Iterable[tuple[_Batch, int]]) -> None:
-        if self._channel is None or self.link.blocked:
+        channel = self._channel
+        if channel is None or not channel.is_open or self.link.blocked:
             self._unsent.extend(work)
             return
-        publish, sent, number = self._channel.basic_publish, self._sent, self._number
-        left = iter(work)
-        for entry in left:
-            batch, i = entry
+        frames: list[bytes] = []
+        for batch, i in work:
             if batch.results[i] is not ...:
                 continue  # its time was up
+            exchange, key, m, properties = batch.items[i]
             try:
-                publish(*batch.items[i], True)
-            except ChannelWrongStateError:
-                self._unsent.extend([entry, *left])
-            except (AMQPError, AssertionError, ValueError, TypeError, OverflowError) as e:
-                batch.settle(i, BusError(f"RabbitMQ cannot carry this message: {type(e).__name__} {str(e)[:200]}"))
-            else:
-                number += 1
-                sent[number] = entry
-        self._number = number
+                if properties is None:
+                    frames.append(_encode(channel.channel_number, exchange, key, m))
+                else:
+                    self._flush(frames)
+                    channel.basic_publish(exchange, key, m.body, properties, True)
+            except (AMQPError, AssertionError, ValueError, TypeError, OverflowError, struct.error) as e:
+                batch.settle(i, BusError(f"RabbitMQ cannot carry message {m.event_id[:80]!r}: {type(e).__name__} {str(e)[:200]}"))
+                continue
+            self._number += 1
+            self._sent[self._number] = batch, i
+        self._flush(frames)
+
+    def _flush(self, frames: list[bytes]) -> None:
+        if frames:
+            self.link.connection._output_marshaled_frames([b"".join(frames)])
+            frames.clear()
 
     def _confirmed(self, frame: Any) -> None:
         method, sent = frame.method, self._sent
@@ -289,30 +386,84 @@ class _Publisher:
             if refused:
                 error = BusFull("RabbitMQ did not store the message (basic.nack): its queue is full, or failed.")
             elif self._returned:
-                exchange, key, _, properties = batch.items[i]
-                if self._returned[properties.message_id] > 0:
-                    self._returned[properties.message_id] -= 1
+                _, key, m, _ = batch.items[i]
+                if self._returned[m.event_id] > 0:
+                    self._returned[m.event_id] -= 1
                     error = Unroutable(f"No queue wants {key!r}.")
-                self._returned = +self._returned
+                self._returned = +self._returned  # drops zeros
             batch.settle(i, error)
 
-    async def publish(self, items: Sequence[tuple[str, str, bytes, pika.BasicProperties]]) -> list[Exception | None]:
+    async def publish(self, items: Sequence[_Item]) -> list[Exception | None]:
         "Wait until all are confirmed, or the time is up; for each: None, or why not."
         batch = _Batch(items)
         self._send([(batch, i) for i in range(len(items))])
-        if items:
-            _, late = await asyncio.wait([batch.done], timeout=self.timeout)
-            if late:
-                error: BusError = BusUnavailable(f"RabbitMQ at {self.link.place} did not confirm within {self.timeout:g} s.")
-                if self.link.blocked:
-                    error = BusFull(f"RabbitMQ at {self.link.place} takes no messages at the moment: {self.link.blocked}.")
-                elif not self.link.up.is_set():
-                    error = self.link.error
-                for i in range(len(items)):
-                    batch.settle(i, error)
+        if not batch.left:
+            return batch.results
+        _, late = await asyncio.wait([batch.done], timeout=self.timeout)
+        if late:
+            error: BusError = BusUnavailable(f"RabbitMQ at {self.link.place} did not confirm within {self.timeout:g} s.")
+            if self.link.blocked:
+                error = BusFull(f"RabbitMQ at {self.link.place} takes no messages at the moment: {self.link.blocked}.")
+            elif not self.link.up.is_set():
+                error = self.link.error
+            for i in range(len(items)):
+                batch.settle(i, error)
         return batch.results
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #a9bddce7
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3856d0b7
+async def _left(channel: _Channel, name: str) -> int:
+    "How many messages are still in a queue; those that this channel was sent before are here by then."
+    # The first answer overtakes messages on their way through the broker's channel, the second one does not.
+    answers = [await channel.call("queue_declare", name, passive=True) for _ in range(2)]
+    return answers[0].message_count
+
+
+async def _count(connection: Any, name: str) -> int:
+    "How many messages a queue has that nobody holds; 0 for one that does not exist."
+    try:
+        async with _Channel(connection) as channel:
+            return (await channel.call("queue_declare", name, passive=True)).message_count
+    except ChannelClosedByBroker as e:
+        if e.reply_code != 404:
+            raise
+        return 0
+
+
+@contextlib.asynccontextmanager
+async def _everything(connection: Any, name: str) -> AsyncIterator[tuple[_Channel, list[tuple[Any, pika.BasicProperties, bytes]]]]:
+    "All messages of a queue, for us alone; those that are not acked go back to their places."
+    while True:
+        got: list[tuple] = []
+        channel = _Channel(connection)
+        try:
+            await channel.open()
+            await channel.call("basic_consume", name, lambda *m, got=got: got.append(m[1:]), exclusive=True)
+            break
+        except ChannelClosedByBroker as e:
+            if e.reply_code != 403 or "exclusive" not in e.reply_text:
+                raise
+            await asyncio.sleep(random.uniform(0.01, 0.05))  # noqa: S311  # nosec B311
+    try:
+        while await _left(channel, name):
+            await asyncio.sleep(0.01)
+        yield channel, list(got)  # not what comes from now on
+    finally:
+        await channel.close()
+
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #e4764854
+def _delivery_of(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> Delivery:
+    "What pika was sent, as a transport sees it."
+    headers: Any = properties.headers or {}
+    message = Message(
+        properties.message_id or f"unnamed-{uuid.uuid4()}",  # foreign senders need not give one
+        properties.type or method.routing_key,
+        headers.get("key") or properties.correlation_id or "",
+        body,
+        min(2, max(0, 1 if properties.priority is None else properties.priority)),
+    )
+    return Delivery(queue, message, headers.get("attempts", 0))
+
+
 class _Session:
     "A channel that feeds one queue: what was delivered over it can be acked over it only."
 
@@ -336,15 +487,15 @@ class _Session:
 
 
 class _Feed:
-    "What the broker has sent of one queue, and who waits for it."
+    "What the broker has sent of one queue and nobody has taken yet."
 
     def __init__(self, queue: str, patience: float):
         self.queue, self.patience, self.ready = queue, patience, threading.Condition()
         self.lanes: tuple[deque[Delivery], ...] = (deque(), deque(), deque())  # one for each priority
+        self.held: dict[int, asyncio.TimerHandle] = {}  # retries that are not due yet
         self.session: _Session | None = None
         self.changing = asyncio.Lock()
         self.tag: str | None = None  # of the consumer, while there is one
-        self.held: dict[int, asyncio.TimerHandle] = {}  # retries that are not due yet
         self.limit = self.readers = 0
         self.used = 0.0  # when somebody asked for the last time
         self.waiting = False
@@ -365,35 +516,44 @@ class _Feed:
             self.waiting = False
             self.ready.notify_all()
 
+    def arrive(self, consumer_tag: bytes, tag: int, message: Message) -> None:
+        "A message of our own kind."
+        self._put(Delivery(self.queue, message), consumer_tag.decode(), tag)
+
     def deliver(self, channel: Any, method: Any, properties: pika.BasicProperties, body: bytes) -> None:
-        session, tag = self.session, method.delivery_tag
-        if session is None or not self.tag or not method.consumer_tag.startswith(self.tag):
-            channel.basic_nack(tag)
+        "Any other message, as pika read it."
+        self._put(_delivery_of(self.queue, method, properties, body), method.consumer_tag, method.delivery_tag)
+
+    def _put(self, delivery: Delivery, consumer_tag: str, tag: int) -> None:
+        session = self.session
+        if session is None or not self._ours(session, consumer_tag, tag):
             return
-        session.unacked[tag] = None
-        delivery = _delivery(self.queue, method, properties, body)
         delivery.receipt = (session, tag, time.monotonic())
         self.lanes[delivery.message.priority].append(delivery)
         if self.waiting:
             self.wake()
 
+    def _ours(self, session: _Session, consumer_tag: str, tag: int) -> bool:
+        session.unacked[tag] = None
+        if self.tag and consumer_tag.startswith(self.tag):
+            return True
+        session.give_back([tag])  # sent before the broker knew that we had stopped
+        return False
+
     def hold(self, channel: Any, method: Any, properties: pika.BasicProperties, body: bytes) -> None:
         "Keep a retry until it is due."
         wait = (properties.headers["due"] - time.time() * 1000) / 1000
-        loop, session, tag = asyncio.get_running_loop(), self.session, method.delivery_tag
-        if session is None or method.consumer_tag != f"{self.tag}-retry":
-            channel.basic_nack(tag)
-            return
-        session.unacked[tag] = None
+        session, tag = self.session, method.delivery_tag
 
         def done() -> None:
             del self.held[tag]
-            if wait > self.patience:  # the broker must not be kept waiting any longer: take it again
+            if session and wait > self.patience:  # the broker must not be kept waiting any longer: take it again
                 session.give_back([tag])
             else:
                 self.deliver(channel, method, properties, body)
 
-        self.held[tag] = loop.call_later(min(max(0, wait), self.patience), done)
+        if session and self._ours(session, method.consumer_tag, tag):
+            self.held[tag] = asyncio.get_running_loop().call_later(min(max(0, wait), self.patience), done)
 
     def clear(self) -> list[int]:
         "Forget what nobody has asked for; returns the tags."
@@ -401,25 +561,20 @@ class _Feed:
             tags = [d.receipt[1] for lane in self.lanes for d in lane]
             for lane in self.lanes:
                 lane.clear()
-        for tag, timer in self.held.items():
+        for timer in self.held.values():
             timer.cancel()
-            tags.append(tag)
+        tags += self.held
         self.held = {}
         return tags
 
+    def end(self) -> None:
+        "The channel is gone; the broker delivers all of it again."
+        self.clear()
+        if self.session:
+            self.session.open = False
+        self.session = self.tag = None
 
-def _delivery(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> Delivery:
-    headers: Any = properties.headers or {}
-    message = Message(
-        properties.message_id or f"unnamed-{uuid.uuid4()}",  # foreign senders need not give one
-        properties.type or method.routing_key,
-        headers.get("key") or properties.correlation_id or "",
-        body,
-        min(2, max(0, 1 if properties.priority is None else properties.priority)),
-    )
-    return Delivery(queue, message, headers.get("attempts", 0) if headers else 0)
-
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3a367225
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #107cc804
 _CLAIMS = """
 create table if not exists claim(
     id integer primary key, broker text, queue text, owner text, event_id text, routing_key text, key text,
@@ -429,7 +584,7 @@ create table if not exists claim(
 
 
 class _Claims:
-    "Deliveries that take longer than RabbitMQ waits for an ack: kept here, and acked there."
+    "Deliveries that take longer than the broker waits for an ack: kept here, and acked there."
 
     def __init__(self, path: Path, broker: str):
         self._path, self._broker = path, broker
@@ -439,41 +594,44 @@ class _Claims:
         self._db: Any = None
         self._looked: dict[str, float] = {}
 
-    def run(self, sql: str, *parameters: Any) -> list[tuple]:
+    def _run(self, sql: str, *parameters: Any) -> list[tuple]:
         with self.lock:
             try:
                 self._db = self._db or open_database(self._path, _CLAIMS, "FULL")
                 return self._db.execute(sql, parameters).fetchall()
-            except (LedgerError, OSError) as e:
+            except (LedgerError, sqlite3.Error, OSError) as e:
                 raise BusError(f"Long deliveries cannot be kept in {self._path}: {e}") from e
 
     def add(self, d: Delivery) -> int:
+        "Keep a delivery; returns its number."
         m = d.message
         row = (self._broker, d.queue, self.owner, m.event_id, m.routing_key, m.key, m.body, m.priority, d.attempts)
-        return self.run("insert into claim values (null, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id", *row)[0][0]
+        return self._run("insert into claim values (null, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id", *row)[0][0]
 
-    def drop(self, number: int) -> bool:
-        return bool(self.run("delete from claim where id = ? and owner = ? returning id", number, self.owner))
+    def drop(self, number: int) -> None:
+        "It is done."
+        self._run("delete from claim where id = ? and owner = ?", number, self.owner)
 
     def orphans(self, queue: str, limit: int, patience: float = 30.0) -> list[Delivery]:
-        "Claims on this queue whose process has ended: ours from now on."
+        "Deliveries of this queue whose process has ended: ours from now on. Looks once in so many seconds."
         if time.monotonic() - self._looked.get(queue, -1e9) < patience:
             return []
         self._looked[queue] = time.monotonic()
         sql = "select id, owner, event_id, routing_key, key, body, priority, attempts from claim where broker = ? and queue = ?"
         found: list[Delivery] = []
-        for number, owner, *fields, attempts in self.run(sql, self._broker, queue):
+        for number, owner, *fields, attempts in self._run(sql, self._broker, queue):
             if len(found) == limit:
                 self._looked.pop(queue)  # there is more
                 break
             take = "update claim set owner = ? where id = ? and owner = ? returning id"
-            if not _alive(owner) and self.run(take, self.owner, number, owner):
+            if not _alive(owner) and self._run(take, self.owner, number, owner):
                 found.append(Delivery(queue, Message(*fields), attempts, number))
         return found
 
     def close(self) -> None:
+        "Whatever is kept is for others from now on."
         if self._db:
-            self.run("update claim set owner = '' where owner = ?", self.owner)
+            self._run("update claim set owner = '' where owner = ?", self.owner)
             self._db.close()
 
 
@@ -486,21 +644,34 @@ def _alive(owner: str) -> bool:
     except psutil.NoSuchProcess:
         return False
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #c1223278
-def _item(exchange: str, key: str, m: Message, attempts: int = 0, **more: Any) -> tuple[str, str, bytes, pika.BasicProperties]:
-    headers = more.pop("headers", {}) | ({"attempts": attempts} if attempts else {})
-    story: str | None = m.key
-    if len(m.key) > 60 and len(m.key.encode()) > 255:  # the protocol's own field holds no more
-        story, headers["key"] = None, m.key
-    kind = None if exchange else m.routing_key
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #5302ab22
+def _item(exchange: str, key: str, m: Message, attempts: int = 0, **headers: Any) -> _Item:
+    "What to send. Only the first way of an event through the exchange is plain; all else says more in its properties."
+    long = len(m.key) > 60 and len(m.key.encode()) > 255  # the protocol's own field holds no more
+    if exchange and not long and len(m.event_id) <= 60 and len(m.body) <= 100_000:
+        return exchange, key, m, None
+    headers |= ({"attempts": attempts} if attempts else {}) | ({"key": m.key} if long else {})
     properties = pika.BasicProperties(
-        "application/json", None, headers or None, 2, m.priority, story, message_id=m.event_id, type=kind, **more
+        content_type="application/json",
+        headers=headers or None,
+        delivery_mode=2,
+        priority=m.priority,
+        correlation_id=None if long else m.key,
+        message_id=m.event_id,
+        type=m.routing_key,  # for the routing key is the queue's name from now on
     )
-    return exchange, key, m.body, properties
+    return exchange, key, m, properties
 
 
+def _letter(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> DeadLetter:
+    m, h = _delivery_of(queue, method, properties, body).message, properties.headers or {}
+    kind, error, text = (str(h.get(name, "")) for name in ("error_type", "error", "traceback"))
+    at = datetime.fromtimestamp(int(h.get("at", 0)) / 1000, UTC)
+    return DeadLetter(queue, m.event_id, m.routing_key, body, kind, error, text, int(h.get("attempts", 0)), at)
+
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #3e4edbdf
 class RabbitTransport(Transport):
-    "Queues on a RabbitMQ server, 3.10 or later."
+    "Queues on a RabbitMQ server."
 
     def __init__(
         self,
@@ -510,21 +681,20 @@ class RabbitTransport(Transport):
         claim_after: float = 600.0,  # seconds after which a delivery is kept here; RabbitMQ takes it back after 30 minutes
         claims: Path | str | None = None,  # the SQLite file for those; None: the ledger
     ):
-        self.namespace, self.timeout, self.claim_after = namespace, timeout, claim_after
-        self.place = mask(url)
+        self.namespace, self.timeout, self.claim_after, self.place = namespace, timeout, claim_after, mask(url)
         try:
-            self._parameters = pika.URLParameters(url)
+            self._parameters = p = pika.URLParameters(url)
         except (ValueError, TypeError, KeyError) as e:
             raise BusError(f"{self.place} is no address of RabbitMQ: {str(e).replace(url, self.place)}") from None
-        if "socket_timeout" not in url:
-            self._parameters.socket_timeout = self._parameters.stack_timeout = 5
-        p = self._parameters
+        if "timeout" not in url:
+            p.socket_timeout = p.stack_timeout = 5
         self._claims = _Claims(Path(claims or self.ledger()), f"{p.host}:{p.port}/{p.virtual_host}/{namespace}")
         self._bound: dict[str, list[str]] = {}
         self._feeds: dict[str, _Feed] = {}
         self._ids: set[str] = set()
         self._woken, self._seen = 0, threading.local()
         self._closed = False
+        self._links: list[_Link] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"rabbitmq:{namespace}", daemon=True)
         self._thread.start()
@@ -542,15 +712,18 @@ class RabbitTransport(Transport):
 
     # ---- the thread that talks to the broker
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BusError("This bus is closed.")
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._closed:
             work.close()
-            raise BusError("This bus is closed.")
+        self._check_open()
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _soon(self, act: Callable[..., Any], *args: Any) -> None:
-        if self._closed:
-            raise BusError("This bus is closed.")
+        self._check_open()
         self._loop.call_soon_threadsafe(act, *args)
 
     async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
@@ -574,10 +747,11 @@ class RabbitTransport(Transport):
         fixed = [self._dead(UNROUTABLE), f"{self.namespace}:registry"]
         self._out = _Publisher(self._parameters, self.place, self.timeout, self._name("events"), fixed)
         self._in = _Link(self._parameters, self.place, self._set_up, self._lost)
-        await self._out.link.connect()
-        await self._in.connect()
-        self._out.link.keep()
-        self._in.keep()
+        self._links = [self._in, self._out.link]
+        for link in reversed(self._links):
+            await link.connect()
+        for link in self._links:
+            link.keep()
         self._ticker = self._loop.create_task(self._tick())
 
     async def _set_up(self) -> None:
@@ -595,13 +769,7 @@ class RabbitTransport(Transport):
 
     def _lost(self) -> None:
         for feed in self._feeds.values():
-            self._end(feed)
-
-    def _end(self, feed: _Feed) -> None:
-        feed.clear()  # the broker delivers it again
-        if feed.session:
-            feed.session.open = False
-        feed.session = feed.tag = None
+            feed.end()
 
     async def _tick(self) -> None:
         while True:
@@ -609,14 +777,37 @@ class RabbitTransport(Transport):
             for feed in list(self._feeds.values()):
                 if feed.tag and not feed.readers and feed.size() and time.monotonic() - feed.used > 1:
                     with contextlib.suppress(AMQPError):
-                        await self._stop(feed)  # others may have it
+                        async with feed.changing:
+                            await self._stop(feed)  # others may have it
+
+    def close(self) -> None:
+        async def shut() -> None:
+            if not self._links:
+                return
+            if hasattr(self, "_ticker"):
+                self._ticker.cancel()
+            for link in self._links:
+                await link.close()
+
+        with self._claims.lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._woken += 1
+        for feed in list(self._feeds.values()):
+            feed.wake()
+        asyncio.run_coroutine_threadsafe(shut(), self._loop).result(15)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+        self._claims.close()
 
     # ---- into the queues
 
     async def _declare(self, queue: str, patterns: Iterable[str], not_wanted: Iterable[str] = ()) -> None:
         name, exchange = self._name(queue), self._name("events")
         async with _Channel(self._in.connection) as channel:
-            for other in (self._dead(queue), name + ":retry"):
+            for other in (self._dead(queue), f"{name}:retry"):
                 await channel.call("queue_declare", other, durable=True)
             await channel.call("queue_declare", name, durable=True, arguments={"x-max-priority": 2})
             for pattern in patterns:
@@ -640,39 +831,38 @@ class RabbitTransport(Transport):
     async def _registry(self, queue: str = "", patterns: Iterable[str] = ()) -> dict[str, list[str]]:
         "The queues that are known, with every pattern that they ever had. It is one message in a queue."
         name = f"{self.namespace}:registry"
-        async with self._all(name) as (channel, messages):
+        async with _everything(self._in.connection, name) as (channel, messages):
             known: dict[str, list[str]] = {}
             for *_, body in messages:
                 for other, had in json.loads(body).items():
                     known[other] = sorted({*known.get(other, ()), *had})
             if queue and not (queue in known and {*patterns} <= {*known[queue]}):
                 known[queue] = sorted({*known.get(queue, ()), *patterns})
-                await self._send([_item("", name, Message("registry", name, "", json.dumps(known).encode()))])
+                await self._send(_item("", name, Message("registry", name, "", json.dumps(known).encode())))
                 for method, *_ in messages:
                     channel.raw.basic_ack(method.delivery_tag)
             return known
 
-    async def _send(self, items: Sequence[tuple]) -> None:
-        for error in await self._out.publish(items):
-            if error:
-                raise error
+    async def _send(self, item: _Item) -> None:
+        (error,) = await self._out.publish([item])
+        if error:
+            raise error
 
     def publish(self, messages: Sequence[Message]) -> list[Exception | None]:
         exchange = self._name("events")
         return self._run(self._out.publish([_item(exchange, m.routing_key, m) for m in messages]))
 
-    def _put_dead(self, queue: str, message: Message, failure: Failure) -> None:
-        why = asdict(failure) | {"error": failure.error[:2_000], "traceback": failure.traceback[-20_000:], "at": int(time.time() * 1000)}
-        self._run(self._send([_item("", self._dead(queue), message, headers=why)]))
-
     def park(self, message: Message, failure: Failure) -> None:
         self._put_dead(UNROUTABLE, message, failure)
+
+    def _put_dead(self, queue: str, message: Message, failure: Failure) -> None:
+        why = asdict(failure) | {"error": failure.error[:2_000], "traceback": failure.traceback[-20_000:]}
+        self._run(self._send(_item("", self._dead(queue), message, at=int(time.time() * 1000), **why)))
 
     # ---- out of the queues
 
     def receive(self, queue: str, limit: int, wait: float) -> list[Delivery]:
-        if self._closed:
-            raise BusError("This bus is closed.")
+        self._check_open()
         woken = self._woken
         if getattr(self._seen, "woken", 0) != woken:  # whoever was about to ask is woken, too
             self._seen.woken = woken
@@ -688,14 +878,12 @@ class RabbitTransport(Transport):
                 feed.waiting = True
                 feed.ready.wait_for(lambda: feed.size() or feed.error or woken != self._woken, wait)
             feed.readers -= 1
+            feed.used = time.monotonic()
+            self._seen.woken = self._woken
             error, feed.error = feed.error, None
             if error:
                 raise error
-            if feed.size():
-                feed.used = time.monotonic()
-            taken = feed.take(limit) if woken == self._woken else []
-            self._seen.woken = self._woken
-        return taken
+            return feed.take(limit) if woken == self._woken else []
 
     async def _new_feed(self, queue: str) -> _Feed:
         return self._feeds.setdefault(queue, _Feed(queue, self.claim_after))
@@ -703,24 +891,22 @@ class RabbitTransport(Transport):
     async def _start(self, feed: _Feed, limit: int, woken: int) -> None:
         try:
             async with feed.changing:
-                if woken != self._woken:  # whoever asked has gone
+                if woken != self._woken or (feed.tag and limit <= feed.limit) or not self._in.connection.is_open:
                     return
-                if (feed.tag and limit <= feed.limit) or not self._in.up.is_set() and not self._in.connection.is_open:
-                    return
-                if feed.tag:
-                    await self._stop(feed)
+                await self._stop(feed)
                 feed.limit = max(limit, feed.limit)
                 if feed.session is None:
-                    channel = await _Channel(self._in.connection).__aenter__()
+                    channel = await _Channel(self._in.connection).open()
                     feed.session = session = _Session(channel)
-                    channel.raw.add_on_close_callback(lambda *_: self._end(feed) if feed.session is session else None)
+                    channel.raw.add_on_close_callback(lambda *_: feed.end() if feed.session is session else None)
                     channel.raw.add_on_cancel_callback(lambda _: setattr(feed, "tag", None))
-                await feed.session.channel.call("basic_qos", prefetch_count=feed.limit)
-                feed.tag = f"{self.namespace}-{uuid.uuid4().hex[:12]}"  # ours, because messages may come before the answer
+                    self._in.connection.takers[channel.raw.channel_number] = feed.arrive
                 name, call = self._name(feed.queue), feed.session.channel.call
+                feed.tag = f"{self.namespace}-{uuid.uuid4().hex[:12]}"  # ours, because messages may come before the answer
+                await call("basic_qos", prefetch_count=feed.limit)
                 await call("basic_consume", name, feed.deliver, consumer_tag=feed.tag)
                 await call("basic_qos", prefetch_count=5_000)
-                await call("basic_consume", name + ":retry", feed.hold, consumer_tag=feed.tag + "-retry")
+                await call("basic_consume", f"{name}:retry", feed.hold, consumer_tag=f"{feed.tag}-retry")
         except ChannelClosedByBroker as e:
             if e.reply_code == 404 and feed.queue in self._bound:  # somebody deleted it
                 await self._patiently(lambda: self._declare(feed.queue, self._bound[feed.queue]))
@@ -728,13 +914,13 @@ class RabbitTransport(Transport):
                 feed.error = _explain(e, self.place)
             feed.wake()
         except AMQPError:  # the connection is gone: when it is back this is done again
-            self._end(feed)
+            feed.end()
 
     async def _stop(self, feed: _Feed) -> None:
         tag, feed.tag = feed.tag, None
         if feed.session and tag:
             feed.session.give_back(feed.clear())
-            for consumer in (tag, tag + "-retry"):
+            for consumer in (tag, f"{tag}-retry"):
                 await feed.session.channel.call("basic_cancel", consumer)
 
     def wake(self) -> None:
@@ -750,6 +936,8 @@ class RabbitTransport(Transport):
 
         if not self._closed:
             self._run(stop())
+
+    # ---- what became of it
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         with self._claims.lock:  # not while `extend` changes a receipt
@@ -770,15 +958,18 @@ class RabbitTransport(Transport):
         return isinstance(delivery.receipt, int) or bool(delivery.receipt and delivery.receipt[0].open)
 
     def retry(self, delivery: Delivery, delay: float, failure: Failure | None) -> None:
-        if not self._valid(delivery):
-            return
         # Not a queue whose messages expire into the first one, as is usual: the broker moves those without a confirm,
         # and a kill -9 on the way lost most of them. A consumer holds the retry until it is due, unacked.
-        attempts = failure.attempts if failure else delivery.attempts
-        due = {"due": int((time.time() + delay) * 1000)}
-        name = self._name(delivery.queue) + ":retry"
-        self._run(self._send([_item("", name, delivery.message, attempts, headers=due)]))
-        self.ack([delivery])
+        if self._valid(delivery):
+            attempts = failure.attempts if failure else delivery.attempts
+            due = int((time.time() + delay) * 1000)
+            self._run(self._send(_item("", f"{self._name(delivery.queue)}:retry", delivery.message, attempts, due=due)))
+            self.ack([delivery])
+
+    def bury(self, delivery: Delivery, failure: Failure) -> None:
+        if self._valid(delivery):
+            self._put_dead(delivery.queue, delivery.message, failure)
+            self.ack([delivery])
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for d in deliveries:
@@ -787,7 +978,7 @@ class RabbitTransport(Transport):
                 if not isinstance(receipt, int):
                     d.receipt = None
             if isinstance(receipt, int):
-                self._run(self._send([_item("", self._name(d.queue), d.message, d.attempts)]))
+                self._run(self._send(_item("", self._name(d.queue), d.message, d.attempts)))
                 self.ack([d])
             elif receipt:
                 self._soon(receipt[0].give_back, [receipt[1]])
@@ -800,58 +991,30 @@ class RabbitTransport(Transport):
                     d.receipt = self._claims.add(d)
                     self._soon(session.ack, [tag])
 
-    # ---- dead letters
-
-    def bury(self, delivery: Delivery, failure: Failure) -> None:
-        if self._valid(delivery):
-            self._put_dead(delivery.queue, delivery.message, failure)
-            self.ack([delivery])
-
-    @contextlib.asynccontextmanager
-    async def _all(self, name: str) -> AsyncIterator[tuple[_Channel, list[tuple]]]:
-        "All messages of a queue, for us alone; those that are not acked go back to their places."
-        while True:
-            got: list[tuple] = []
-            channel = _Channel(self._in.connection)
-            try:
-                await channel.__aenter__()
-                await channel.call("basic_consume", name, lambda *m, got=got: got.append(m[1:]), exclusive=True)
-                break
-            except ChannelClosedByBroker as e:
-                if e.reply_code != 403 or "exclusive" not in e.reply_text:
-                    raise
-                await asyncio.sleep(random.uniform(0.01, 0.05))  # noqa: S311  # nosec B311
-        try:
-            while await _left(channel, name):
-                await asyncio.sleep(0.01)
-            yield channel, list(got)  # not what comes from now on
-        finally:
-            await channel.__aexit__()
+    # ---- what is there
 
     def dead(self, queue: str) -> list[DeadLetter]:
         async def act() -> list[DeadLetter]:
             if queue != UNROUTABLE and queue not in await self._registry():
                 return []
-            async with self._all(self._dead(queue)) as (_, messages):
+            async with _everything(self._in.connection, self._dead(queue)) as (_, messages):
                 return [_letter(queue, *m) for m in messages]
 
         return self._run(self._patiently(act))
 
     def replay(self, queue: str, event_ids: Sequence[str] | None) -> int:
+        exchange = self._name("events") if queue == UNROUTABLE else ""
+
         async def act() -> int:
             if queue != UNROUTABLE and queue not in await self._registry():
                 return 0
-            async with self._all(self._dead(queue)) as (channel, messages):
-                wanted = [(m[0], _delivery(queue, *m).message) for m in messages]
-                wanted = [(m, message) for m, message in wanted if event_ids is None or message.event_id in event_ids]
-                if queue == UNROUTABLE:
-                    items = [_item(self._name("events"), m.routing_key, m) for _, m in wanted]
-                else:
-                    items = [_item("", self._name(queue), m) for _, m in wanted]
-                errors = await self._out.publish(items)
-                for (method, _), error in zip(wanted, errors, strict=True):
+            async with _everything(self._in.connection, self._dead(queue)) as (channel, messages):
+                letters = [(m[0].delivery_tag, _delivery_of(queue, *m).message) for m in messages]
+                letters = [(tag, m) for tag, m in letters if event_ids is None or m.event_id in event_ids]
+                errors = await self._out.publish([_item(exchange, m.routing_key if exchange else self._name(queue), m) for _, m in letters])
+                for (tag, _), error in zip(letters, errors, strict=True):
                     if error is None:
-                        channel.raw.basic_ack(method.delivery_tag)
+                        channel.raw.basic_ack(tag)
             for error in errors:
                 if error and not isinstance(error, Unroutable):
                     raise error
@@ -859,30 +1022,19 @@ class RabbitTransport(Transport):
 
         return self._run(self._patiently(act))
 
-    # ---- what is there
-
     def depth(self, queue: str) -> dict[str, int]:
-        return self._run(self._patiently(lambda: self._depth(queue)))
+        name, retries = self._name(queue), f"{self._name(queue)}:retry"
 
-    async def _depth(self, queue: str) -> dict[str, int]:
-        name, feed = self._name(queue), self._feeds.get(queue)
-        if feed and feed.session and feed.tag:  # asked over the same channel: what was delivered before is counted here
-            channel, unacked = feed.session.channel, feed.session.unacked
-            ready, delayed = await _left(channel, name), await _left(channel, name + ":retry") + len(feed.held)
-            just_lent = time.monotonic() - feed.used < 0.1  # and may not have reached the handler
-            ready += len(unacked) - len(feed.held) if just_lent else feed.size()
-        else:
-            ready, delayed = await self._count(name), await self._count(name + ":retry")
-        return {"ready": ready, "delayed": delayed, "dead": await self._count(self._dead(queue))}
+        async def act() -> dict[str, int]:
+            feed, dead = self._feeds.get(queue), await _count(self._in.connection, self._dead(queue))
+            if feed and feed.session and feed.tag:  # asked over the same channel: what it was sent before is counted here
+                channel = feed.session.channel
+                ready, delayed = await _left(channel, name), await _left(channel, retries)
+                return {"ready": ready + feed.size(), "delayed": delayed + len(feed.held), "dead": dead}
+            ready, delayed = await _count(self._in.connection, name), await _count(self._in.connection, retries)
+            return {"ready": ready, "delayed": delayed, "dead": dead}
 
-    async def _count(self, name: str) -> int:
-        try:
-            async with _Channel(self._in.connection) as channel:
-                return (await channel.call("queue_declare", name, passive=True)).message_count
-        except ChannelClosedByBroker as e:
-            if e.reply_code != 404:
-                raise
-            return 0
+        return self._run(self._patiently(act))
 
     def queues(self) -> list[str]:
         return sorted(self._run(self._patiently(self._registry)))
@@ -906,8 +1058,7 @@ class RabbitTransport(Transport):
                 if e.reply_code != 405:
                     raise
             if time.monotonic() > deadline:
-                why = f"A consumer {consumer_id!r} is at work on {self.place}: choose another id, or stop it."
-                raise ConsumerExists(why)
+                raise ConsumerExists(f"A consumer {consumer_id!r} is at work on {self.place}: choose another id, or stop it.")
             await asyncio.sleep(0.05)
 
     def unclaim(self, consumer_id: str) -> None:
@@ -918,39 +1069,3 @@ class RabbitTransport(Transport):
         if consumer_id in self._ids:
             self._ids.discard(consumer_id)
             self._run(self._patiently(act))
-
-    def close(self) -> None:
-        async def shut() -> None:
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                if task is getattr(self, "_ticker", None):
-                    task.cancel()
-            for link in [getattr(self, "_in", None), self._out.link if hasattr(self, "_out") else None]:
-                if link:
-                    await link.close()
-
-        with self._claims.lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._woken += 1
-        for feed in list(self._feeds.values()):
-            feed.wake()
-        asyncio.run_coroutine_threadsafe(shut(), self._loop).result(15)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        self._loop.close()
-        self._claims.close()
-
-
-async def _left(channel: _Channel, name: str) -> int:
-    "How many messages are still in a queue; those that this channel was sent before are here by then."
-    # The first answer overtakes messages on their way through the broker's channel, the second one does not.
-    answers = [await channel.call("queue_declare", name, passive=True) for _ in range(2)]
-    return answers[0].message_count
-
-
-def _letter(queue: str, method: Any, properties: pika.BasicProperties, body: bytes) -> DeadLetter:
-    m, h = _delivery(queue, method, properties, body).message, properties.headers or {}
-    kind, error, text = (str(h.get(name, "")) for name in ("error_type", "error", "traceback"))
-    at = datetime.fromtimestamp(int(h.get("at", 0)) / 1000, UTC)
-    return DeadLetter(queue, m.event_id, m.routing_key, body, kind, error, text, int(h.get("attempts", 0)), at)

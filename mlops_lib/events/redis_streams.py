@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -239,10 +240,11 @@ class _Publishing(_Binding):
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #3a0ac7c3
 _SCRIPTS["take"] = """
--- KEYS: the queue's    ARGV: me, how many, lease in ms, 1 to look for what dead consumers held
+-- KEYS: the queue's    ARGV: me, how many, lease in ms, look for what dead consumers held?, an answer was lost?, what I know to hold
 local me, room, lease, found, due = ARGV[1], tonumber(ARGV[2]), ARGV[3], {}, false
 local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now, known = time[1] * 1000 + math.floor(time[2] / 1000), {}
+for i = 6, #ARGV do known[ARGV[i]] = true end
 for k = 1, 3 do
   local stream, late, again, tries = KEYS[k], KEYS[k + 3], {}, {}
   local function lend(entries)
@@ -256,6 +258,9 @@ for k = 1, 3 do
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', late, '-inf', now, 'LIMIT', 0, room)) do
     lend(redis.call('XCLAIM', stream, 'bus', me, 0, id, 'FORCE'))
     redis.call('ZREM', late, id)
+  end
+  for _, mine in ipairs(ARGV[5] == '1' and redis.call('XPENDING', stream, 'bus', '-', '+', 100000, me) or {}) do
+    if room > 0 and not known[k .. ':' .. mine[1]] then lend(redis.call('XCLAIM', stream, 'bus', me, 0, mine[1])) end
   end
   local from = ARGV[4] == '1' and '0-0'
   while from and room > 0 do
@@ -313,15 +318,19 @@ return #mine
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #028e4d39
 _SCRIPTS["depth"] = """
--- KEYS: the queue's
-local ready, delayed = 0, 0
+-- KEYS: the queue's    ARGV: me, how many I know to hold
+local ready, delayed, mine = 0, 0, -ARGV[2]
 for k = 1, 3 do
   if redis.call('EXISTS', KEYS[k]) == 1 then
-    ready = ready + redis.call('XLEN', KEYS[k]) - redis.call('XPENDING', KEYS[k], 'bus')[1]
+    local lent = redis.call('XPENDING', KEYS[k], 'bus')
+    ready = ready + redis.call('XLEN', KEYS[k]) - lent[1]
+    for _, owner in ipairs(lent[4] or {}) do
+      if owner[1] == ARGV[1] then mine = mine + owner[2] end
+    end
     delayed = delayed + redis.call('ZCOUNT', KEYS[k + 3], '(0', '+inf')
   end
 end
-return {ready - delayed, delayed, redis.call('XLEN', KEYS[8])}
+return {ready - delayed + math.max(mine, 0), delayed, redis.call('XLEN', KEYS[8])}
 """
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #0410d029
@@ -365,6 +374,9 @@ class _Consuming(_Waiting):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._swept: dict[str, float] = {}  # queue -> when we last looked for what dead consumers held
+        self._lent: dict[str, set[str]] = defaultdict(set)  # queue -> what we know to hold
+        self._unsure: set[str] = set()  # queues of which an answer was lost
+        self._taking = threading.Lock()
 
     def receive(self, queue: str, limit: int, wait: float) -> list[Delivery]:
         woken, deadline = self._woken, time.monotonic() + wait
@@ -377,8 +389,12 @@ class _Consuming(_Waiting):
                     streams = {key.encode(): 2 - i for i, key in enumerate(self._keys(queue)[:3])}
                     for stream, entries in self._block(queue, limit, pause, woken):
                         got += [_delivery(queue, streams[stream], *entry) for entry in entries]
+                    self._lent[queue].update(map(_place, got))
                 if got or time.monotonic() >= deadline or self._woken != woken:
                     return got
+            except BusUnavailable:
+                self._unsure.add(queue)
+                raise
             except BusError as e:
                 if not any(w in str(e) for w in ("NOGROUP", "UNBLOCKED")) or queue not in self._bound:
                     raise
@@ -388,16 +404,26 @@ class _Consuming(_Waiting):
     def _take(self, queue: str, limit: int) -> tuple[int | None, list[Delivery]]:
         now = time.monotonic()
         sweep = now - self._swept.get(queue, -self.lease) > self.lease / 10
-        due, found = self._run("take", self._keys(queue), self._me, limit, int(self.lease * 1000), int(sweep))
+        with self._taking:
+            unsure, lent = queue in self._unsure, self._lent[queue]
+            args = (self._me, limit, int(self.lease * 1000), int(sweep), int(unsure), *(lent if unsure else ()))
+            due, found = self._run("take", self._keys(queue), *args)
+            got: list[Delivery] = []
+            for priority, entries, tries in found:
+                for (number, values), attempts in zip(entries, tries or repeat(0), strict=False):
+                    got.append(_delivery(queue, priority, number, values, int(attempts)))
+            lent.update(map(_place, got))
+            if len(got) < limit:
+                self._unsure.discard(queue)
         if sweep:
             self._swept[queue] = now
-        got: list[Delivery] = []
-        for priority, entries, tries in found:
-            for (number, values), attempts in zip(entries, tries or repeat(0), strict=False):
-                got.append(_delivery(queue, priority, number, values, int(attempts)))
         return due, got
 
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #912255ec
+def _place(d: Delivery) -> str:
+    return f"{3 - d.message.priority}:{d.receipt}"
+
+
 def _delivery(queue: str, priority: int, number: bytes, values: list[bytes], attempts: int = 0) -> Delivery:
     entry = dict(zip(values[::2], values[1::2], strict=False))
     return Delivery(queue, _message(entry, priority), attempts, number.decode())
@@ -411,11 +437,18 @@ def _message(entry: dict[bytes, bytes], priority: int) -> Message:
 class _Settling(_Consuming):
     def _settle(self, what: str, deliveries: Sequence[Delivery], given: Any = 0, delay: float = -1) -> None:
         place = lambda d: (d.queue, 3 - d.message.priority)
+        if what != "extend":
+            for d in deliveries:
+                self._lent[d.queue].discard(_place(d))
         for (queue, stream), group in groupby(sorted(deliveries, key=place), place):
             ids = [d.receipt for d in group]
             for i in range(0, len(ids), 500):
                 args = (what, stream, given, int(delay * 1000), *ids[i : i + 500])
-                self._run("settle", self._keys(queue), self._me, *args)
+                try:
+                    self._run("settle", self._keys(queue), self._me, *args)
+                except BusUnavailable:
+                    self._unsure.add(queue)  # was it heard? If not, it is lent to us, and we do not know it
+                    raise
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         self._settle("ack", deliveries)
@@ -434,7 +467,7 @@ class _Settling(_Consuming):
         self._settle("bury", [delivery], json.dumps(asdict(failure)))
 
     def depth(self, queue: str) -> dict[str, int]:
-        return dict(zip(("ready", "delayed", "dead"), self._run("depth", self._keys(queue)), strict=True))
+        return dict(zip(("ready", "delayed", "dead"), self._run("depth", self._keys(queue), self._me, len(self._lent[queue])), strict=True))
 
     def queues(self) -> list[str]:
         with self._asking() as db:

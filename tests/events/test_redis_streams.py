@@ -240,6 +240,24 @@ def test_a_retry_waits_through_a_crash_of_the_server(own: Server) -> None:
         assert [letter.error_type for letter in bus.dead("q")] == ["ValueError"]
 
 
+def test_what_was_lent_in_an_answer_that_got_lost_comes_at_once(own: Server) -> None:
+    with contextlib.closing(RedisTransport(own.url, lease=600)) as bus, redis.Redis.from_url(own.url, protocol=2) as admin:
+        bus.bind("q", ["#"])
+        bus.publish([a_message(i) for i in range(5)])
+        known = bus.receive("q", 2, 5)
+        admin.xreadgroup("bus", bus._me, {"mlops:queue:q:normal": ">"}, count=2)  # lent, and the answer went astray
+        assert bus.depth("q")["ready"] == 3, "one that nobody has, two that nobody knows to have"
+        own.kill()
+        with pytest.raises(BusUnavailable):
+            bus.receive("q", 10, 5)
+        with pytest.raises(BusUnavailable):
+            bus.ack(known[:1])
+        own.start()
+        assert sorted(numbers(bus.receive("q", 10, 0))) == [0, 2, 3, 4], "1 is known to be held; whether 0 was acknowledged is not"
+        assert bus.depth("q") == {"ready": 0, "delayed": 0, "dead": 0}
+        assert bus.receive("q", 10, 0) == []
+
+
 def test_a_server_that_forgot_everything(own: Server, caplog: pytest.LogCaptureFixture) -> None:
     with contextlib.closing(RedisTransport(own.url)) as bus, redis.Redis.from_url(own.url) as admin, caplog.at_level(logging.WARNING):
         bus.bind("q", ["#"])

@@ -41,6 +41,19 @@ def no_room(e: sqlite3.Error) -> bool:
     return getattr(e, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 
 
+def _use_log(db: sqlite3.Connection, patience: float = 30.0) -> None:
+    # Several processes may make the same file at once, and for this one change SQLite does not wait by itself.
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("pragma journal_mode=wal")
+            return
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+
+
 def open_database(
     path: Path,  # made when it is missing, with its folder
     schema: str,  # statements that may be run again
@@ -54,7 +67,7 @@ def open_database(
     with _explained(path), ExitStack() as undo:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30, cached_statements=256)
         undo.callback(db.close)
-        db.execute("pragma journal_mode=wal")
+        _use_log(db)
         db.execute(f"pragma synchronous={synchronous}")
         db.executescript(schema)
         undo.pop_all()

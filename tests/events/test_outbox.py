@@ -39,7 +39,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     "The ledger's clock: set `now`."
     fake = SimpleNamespace(now=1_000_000.0)
-    monkeypatch.setattr(outbox, "time", SimpleNamespace(time=lambda: fake.now))
+    real = outbox.time
+    monkeypatch.setattr(outbox, "time", SimpleNamespace(time=lambda: fake.now, monotonic=real.monotonic, sleep=real.sleep))
     return fake
 
 

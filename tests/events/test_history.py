@@ -167,6 +167,7 @@ def test_pages_have_no_gaps(history: History, made: list, size: int, pattern: st
     seen: list[Event] = []
     while page := history.latest(pattern, size, before=seen[-1] if seen else None):
         assert len(page) <= size
+        assert len(seen) < len(events), "a page came twice"
         seen += page
     wanted = [e for e in events if pattern == "#" or e.event_type.startswith("training")]
     assert seen == sorted(wanted, key=lambda e: (e.timestamp, e.event_id), reverse=True)

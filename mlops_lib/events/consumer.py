@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,8 @@ class _Receiving:
             if not self._closing:
                 log.warning("receiving failed, trying again", extra={"queue": self.queue, "error": str(e)})
                 self.bus.stopped.wait(0.2)
+            if events:  # the ledger did not answer: not every broker takes back by itself what was lent
+                self._safely(transport.release, events)
             return []
         fresh: dict[str, Delivery] = {}
         for delivery in events:
@@ -184,6 +186,19 @@ def _failure(error: BaseException, attempts: int) -> Failure:
     return Failure(type(error).__name__, str(error)[:2_000], text[-20_000:], attempts)
 
 # %% ../../notebooks/4_events/45_consumer.ipynb #7361e809
+async def _contained(work: Awaitable[Any]) -> None:
+    try:
+        await work
+    except (SystemExit, KeyboardInterrupt) as e:  # these would end the loop, and with it every other coroutine
+        raise RuntimeError(f"The handler raised {e!r}.") from e
+
+
+def _refuse_coroutine(outcome: Any) -> None:
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+        raise BusError("A handler with a transaction must be an ordinary function, not a coroutine: a transaction waits for nobody.")
+
+# %% ../../notebooks/4_events/45_consumer.ipynb #ca2adcbe
 class _Handling(_Receiving):
     "What happens with one delivery."
 
@@ -192,7 +207,6 @@ class _Handling(_Receiving):
     backoff: float
     max_backoff: float
     with_tx: bool
-    is_async: bool
 
     def _handle(self, worker: _Worker, delivery: Delivery) -> None:
         event, error = delivery.event, None
@@ -201,7 +215,7 @@ class _Handling(_Receiving):
         try:
             with correlation(event.correlation_id):
                 self._call(worker, event)
-        except (Exception, SystemExit) as e:
+        except BaseException as e:  # whatever it is, it is the handler's: a dead worker would help nobody
             error = e
         with worker.guard:
             if worker.abandoned:  # the time was up: somebody else has it by now
@@ -215,11 +229,11 @@ class _Handling(_Receiving):
         self._finished(delivery)
 
     def _call(self, worker: _Worker, event: Event) -> None:
-        if self.is_async:
-            worker.future = self.bus.on_loop(self.handler(event))
-            worker.future.result()
-        elif not self.with_tx:
-            self.handler(event)
+        if not self.with_tx:
+            outcome = self.handler(event)
+            if inspect.isawaitable(outcome):
+                worker.future = self.bus.on_loop(_contained(outcome))
+                worker.future.result()
         else:
             if worker.db is None:
                 worker.db = self.bus.ledger.open()
@@ -228,7 +242,7 @@ class _Handling(_Receiving):
                     return
                 in_handler.tx = tx
                 try:
-                    self.handler(event, tx)
+                    _refuse_coroutine(self.handler(event, tx))
                 finally:
                     in_handler.tx = None
             if tx.published:
@@ -274,9 +288,11 @@ class Subscription(_Handling):
         super().__init__(bus, queue, concurrency, prefetch)
         self.handler, self.retries, self.timeout = handler, retries, timeout
         self.backoff, self.max_backoff, self.consumer_id = backoff, max_backoff, consumer_id
-        self.with_tx, self.is_async = takes_transaction(handler), inspect.iscoroutinefunction(inspect.unwrap(handler))
-        if self.is_async and self.with_tx:
+        self.with_tx, plain = takes_transaction(handler), inspect.unwrap(handler)
+        if self.with_tx and inspect.iscoroutinefunction(plain):
             raise BusError("A handler with a transaction must be an ordinary function: a transaction waits for nobody.")
+        if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+            raise BusError(f"The handler {plain.__name__} has a `yield` in it: to call it does nothing.")
         self._renewed = time.monotonic()
         self._workers = [_Worker(self) for _ in range(concurrency)]
 

@@ -111,9 +111,7 @@ def is_refused(check: Any, value: Any) -> bool:
     try:
         assert check(value) is value
     except BusError as e:
-        assert len(str(e)) < 300, "a refused value is not repeated at full length"
-        assert repr(value)[:20] in str(e)
-        return True
+        return len(str(e)) < 300 and repr(value)[:20] in str(e)  # the value seen, and not at full length
     return False
 
 

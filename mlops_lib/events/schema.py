@@ -33,7 +33,6 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic.json_schema import models_json_schema
-from pydantic_core import from_json
 
 from ..logs import correlation_id as correlation_in_force
 
@@ -417,7 +416,7 @@ _URI = re.compile(f"(?:[A-Za-z][A-Za-z0-9+.-]*:(?:{_C}|:)+|{_C}+)(?:#{_C}*)?", r
 
 def to_cloudevent(event: Event) -> dict[str, Any]:
     "The event in CloudEvents' JSON format, version 1.0 (https://github.com/cloudevents/spec)."
-    plain = from_json(event.to_json())
+    plain = json.loads(event.to_json())
     cloud = {name: plain.pop(own) for name, own in _CLOUD.items() if plain.get(own) is not None}
     plain.pop("causation_id", None)
     # What else the sender said is an attribute where the standard allows one, and travels as JSON in `extra` where not.
@@ -428,12 +427,15 @@ def to_cloudevent(event: Event) -> dict[str, Any]:
     return {"specversion": "1.0", "datacontenttype": "application/json", **cloud} | ({"extra": json.dumps(plain)} if plain else {})
 
 
+_OBJECT = TypeAdapter(dict[str, JsonValue], config=ConfigDict(defer_build=True))  # bounds the depth, unlike json.loads
+
+
 def _as_cloud(data: bytes | bytearray) -> dict[str, Any] | None:
     try:
-        found = from_json(data)  # bounds the depth, as the parser does
-    except ValueError:
+        found = _OBJECT.validate_json(data)
+    except ValidationError:
         return None
-    return found if isinstance(found, dict) and "specversion" in found and "event_type" not in found else None
+    return found if "specversion" in found and "event_type" not in found else None
 
 
 def _from_cloud(data: dict[str, Any]) -> dict[str, Any]:
@@ -442,11 +444,9 @@ def _from_cloud(data: dict[str, Any]) -> dict[str, Any]:
     own = {_CLOUD[name]: value for name, value in data.items() if name in _CLOUD}
     own |= {name: value for name, value in data.items() if name not in _OURS}
     try:
-        extra = from_json(data.get("extra", "{}"))
-    except (TypeError, ValueError):
-        extra = None
-    if not isinstance(extra, dict):
-        raise EventError("Not an event: the attribute `extra` is not an object in JSON.")
+        extra = _OBJECT.validate_json(str(data.get("extra", "{}")))
+    except ValidationError:
+        raise EventError("Not an event: the attribute `extra` is not an object in JSON.") from None
     story = {"correlation_id": data["id"]} if "id" in data else {}  # most senders do not know ours: it begins one
     return story | own | extra
 

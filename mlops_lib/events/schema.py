@@ -57,7 +57,7 @@ class Payload(BaseModel):
 
 def _to_utc(moment: datetime) -> datetime:
     try:
-        return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+        return moment.astimezone(UTC) if moment.utcoffset() else moment
     except OverflowError:  # a few hours before the year 1, or after the year 9999
         raise ValueError("in UTC there is no such time") from None
 
@@ -362,12 +362,8 @@ def parse_event(
     max_bytes: int = MAX_BYTES,
 ) -> Event:  # an instance of the class of its event_type
     "Read an event of any known type. Raises EventError on anything else."
-    if isinstance(data, Mapping):
-        data = _dumped(data)
-    if isinstance(data, str):
-        data = data.encode(errors="surrogatepass")  # half a character is refused as invalid JSON
-    if not isinstance(data, bytes | bytearray):
-        raise EventError(f"Not an event: bytes, text or a mapping can be one, {type(data).__name__} cannot.")
+    if not isinstance(data, bytes):
+        data = _as_bytes(data)
     if len(data) > max_bytes:
         raise EventError(f"An event of {len(data):,} bytes; at most {max_bytes:,} are read. Send a path, not the data.")
     try:
@@ -382,6 +378,16 @@ def parse_event(
     raise EventError(_explain(problem))
 
 
+def _as_bytes(data: object) -> bytes:
+    if isinstance(data, Mapping):
+        return _dumped(data)
+    if isinstance(data, str):
+        return data.encode(errors="surrogatepass")  # half a character is refused as invalid JSON
+    if not isinstance(data, bytearray):
+        raise EventError(f"Not an event: bytes, text or a mapping can be one, {type(data).__name__} cannot.")
+    return bytes(data)
+
+
 def _dumped(data: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(dict(data), ensure_ascii=False, separators=(",", ":")).encode()
@@ -389,11 +395,15 @@ def _dumped(data: Mapping[str, Any]) -> bytes:
         raise EventError(f"Not an event: it cannot be written as JSON: {e}.") from None
 
 
+_NEEDED = frozenset(Event.needed)
+
+
 def _complete(event: Event) -> Event:
     "An id or a time made up by the reader would be another one each time the same message is read."
-    if missing := [name for name in Event.needed if name not in event.model_fields_set]:
-        raise EventError(f"Not an event: {', '.join(missing)} is missing.")
-    return event
+    if event.__pydantic_fields_set__ >= _NEEDED:
+        return event
+    missing = [name for name in Event.needed if name not in event.model_fields_set]
+    raise EventError(f"Not an event: {', '.join(missing)} is missing.")
 
 # %% ../../notebooks/4_events/40_schema.ipynb #cdfdcd27
 _CLOUD = {

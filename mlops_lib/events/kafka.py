@@ -59,8 +59,8 @@ from ..settings import mask
 log = get_logger(__name__)
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #7fa78fc4
-class LocalCluster:
-    "A cluster of one broker inside this process, from Kafka's C client. Real protocol, no disk: to learn and to test."
+class _OneBroker:
+    "One broker, as Kafka's C client brings it along."
 
     def __init__(
         self,
@@ -80,6 +80,10 @@ class LocalCluster:
         lib.rd_kafka_mock_set_group_consumer_heartbeat_interval_ms(self._cluster, int(heartbeat * 1000))
         lib.rd_kafka_mock_set_group_consumer_session_timeout_ms(self._cluster, int(session * 1000))
         self.url = f"kafka://{lib.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()}"
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #5cf42ff2
+class LocalCluster(_OneBroker):
+    "A cluster of one broker inside this process, from Kafka's C client. Real protocol, no disk: to learn and to test."
 
     def down(self) -> None:
         "Cut all connections and take no new ones."
@@ -375,6 +379,20 @@ class _Tables(_Confirmed):
     def _dead_topic(self, queue: str) -> str:
         return f"{self.namespace}.dead.{queue}"
 
+    def _end(self, topic: str, seconds: float = 5.0) -> int:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._follower.get_watermark_offsets(TopicPartition(topic, 0), timeout=seconds)[1]
+            except KafkaException:  # after a lost connection it takes a moment until the partition is known again
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #fd4d28b0
+class _Following(_Tables):
+    "Reads those topics, each time from where it had come."
+
     def _table(self, topic: str) -> dict[str, Any]:
         "Read on to the present end of the topic; returns key -> its last record, in order."
         with self._follow, self._told():
@@ -388,16 +406,6 @@ class _Tables(_Confirmed):
                 if time.monotonic() > deadline:
                     raise BusUnavailable(f"{self.url}: {topic} could not be read to its end.")
             return dict(self._tables[topic])
-
-    def _end(self, topic: str, seconds: float = 5.0) -> int:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return self._follower.get_watermark_offsets(TopicPartition(topic, 0), timeout=seconds)[1]
-            except KafkaException:  # after a lost connection it takes a moment until the partition is known again
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
 
     def _keep(self, m: Any) -> None:
         topic = m.topic()
@@ -418,7 +426,7 @@ class _Tables(_Confirmed):
             table[key] = eras
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #0a939b7b
-class _Bindings(_Tables, Inlet):
+class _Bindings(_Following, Inlet):
     "Who wants what, and since when."
 
     def __init__(self, *args: Any, **options: Any):
@@ -458,8 +466,8 @@ class _Bindings(_Tables, Inlet):
         "This process's member of the queue's group, at work."
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #5ab2f803
-class _Inlet(_Bindings):
-    "Events into the log, if somebody wants them."
+class _Binding(_Bindings):
+    "Queues are made here."
 
     def bind(self, queue: str, patterns: Sequence[str]) -> None:
         self._make([self._dead_topic(queue)], cleanup_policy="compact")
@@ -476,6 +484,10 @@ class _Inlet(_Bindings):
 
     def _bind(self, queue: str, eras: list[Any]) -> None:
         self._append_one(_Record(self._bound, queue, json.dumps(eras).encode(), partition=0))
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #be810c9c
+class _Inlet(_Binding):
+    "Events into the log, if somebody wants them."
 
     def publish(self, messages: Sequence[Message]) -> list[Exception | None]:
         unwanted: dict[str, Exception] = {m.routing_key: Unroutable(f"No queue wants {m.routing_key!r}.") for m in messages}
@@ -519,7 +531,7 @@ class _Item:
     ready: float  # until then, older ones may come from other partitions
     until: float = 0.0  # lent until
 
-
+# %% ../../notebooks/4_events/49_kafka.ipynb #c0ac8e3c
 class _Buffer:
     "What a reader holds: by priority, by age, by when it is due."
 
@@ -546,6 +558,10 @@ class _Buffer:
         "Is the oldest of this topic among what we hold?"
         return all(p.buffered or p.next >= p.end for p in self.parts.values() if p.topic == topic)
 
+# %% ../../notebooks/4_events/49_kafka.ipynb #03031763
+class _Picking(_Buffer):
+    "What is handed out next."
+
     def pick(self, limit: int) -> tuple[list[_Item], float]:
         "Lend up to so many, the urgent first, else the oldest; and in how many seconds to look again."
         now, clock = time.monotonic(), time.time()
@@ -569,7 +585,7 @@ class _Buffer:
         return got, pause
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #94fb7aab
-class _Lending(_Buffer):
+class _Lending(_Picking):
     "What a reader has lent."
 
     def give_back(self, items: Iterable[_Item]) -> None:
@@ -621,8 +637,8 @@ class _Committing(_Lending):
                     part.committed = -1
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #d1623def
-class _Rebalancing(_Committing):
-    "Partitions come and go."
+class _Taking(_Committing):
+    "Partitions come."
 
     _topics: list[str]
     joined: threading.Event
@@ -650,6 +666,10 @@ class _Rebalancing(_Committing):
                 self.parts[p.topic, p.partition] = _Part(p.topic, p.partition, p.offset, end, p.offset)
         consumer.incremental_assign(given)
         self.joined.set()
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #d206a779
+class _Rebalancing(_Taking):
+    "Partitions go."
 
     def _revoked(self, consumer: Consumer, taken: list[TopicPartition]) -> None:
         "Finish what is lent before somebody else may have the partition."
@@ -704,9 +724,31 @@ class _Group(_Rebalancing):
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #7f19316b
 class _Reading(_Group):
-    "From the cluster into the buffer."
+    "What was read, and what of it the queue wants."
 
     trouble: KafkaError | None = None
+
+    def _wanted(self, read: Sequence[Any], eras: dict[str, list[Any]]) -> list[bool]:
+        mine, own = eras.get(self.queue, []), self._topics[-1]
+        wants = self.home._wants
+        return [
+            content is None or m.topic() == own or wants(mine, content[0].routing_key, m.topic(), m.partition(), m.offset())
+            for m, content in read
+        ]
+
+    def _item(self, part: _Part, m: Any, message: Message, headers: dict[str, str], ready: float) -> _Item:
+        sent = int(headers.get("sent", m.timestamp()[1] * 1_000_000))
+        return _Item(self, part, m.offset(), sent, message, int(headers.get("attempts", 0)), float(headers.get("due", 0)), ready)
+
+    def _note(self, part: _Part | None, m: Any) -> None:
+        if m.error() and m.error().code() != KafkaError._PARTITION_EOF:
+            self.trouble = m.error()
+        elif m.error() and part:
+            part.next = max(part.next, m.offset())
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #35765f1f
+class _Placing(_Reading):
+    "Into the buffer."
 
     def _place(self, batch: Sequence[Any]) -> None:
         "Take in what was read, without what the queue does not want."
@@ -734,27 +776,9 @@ class _Reading(_Group):
                         self.put(self._item(part, m, *content, ready))
             self.changed.notify_all()
 
-    def _wanted(self, read: Sequence[Any], eras: dict[str, list[Any]]) -> list[bool]:
-        mine, own = eras.get(self.queue, []), self._topics[-1]
-        wants = self.home._wants
-        return [
-            content is None or m.topic() == own or wants(mine, content[0].routing_key, m.topic(), m.partition(), m.offset())
-            for m, content in read
-        ]
-
-    def _item(self, part: _Part, m: Any, message: Message, headers: dict[str, str], ready: float) -> _Item:
-        sent = int(headers.get("sent", m.timestamp()[1] * 1_000_000))
-        return _Item(self, part, m.offset(), sent, message, int(headers.get("attempts", 0)), float(headers.get("due", 0)), ready)
-
-    def _note(self, part: _Part | None, m: Any) -> None:
-        if m.error() and m.error().code() != KafkaError._PARTITION_EOF:
-            self.trouble = m.error()
-        elif m.error() and part:
-            part.next = max(part.next, m.offset())
-
-# %% ../../notebooks/4_events/49_kafka.ipynb #35765f1f
-class _Reader(_Reading):
-    "Reads a queue's partitions, in a thread of its own."
+# %% ../../notebooks/4_events/49_kafka.ipynb #3cdd6fe1
+class _Working(_Placing):
+    "The thread that does it."
 
     def __init__(self, home: _Inlet, queue: str):
         super().__init__(home, queue)
@@ -788,6 +812,10 @@ class _Reader(_Reading):
             idle = now - self.woken > 0.1 if self.woken > self.asked else now - self.asked > 5 + self.home.join
             self.gone = self.closing or idle and not self.waiting and not self.lent
             return self.gone
+
+# %% ../../notebooks/4_events/49_kafka.ipynb #baacae9f
+class _Reader(_Working):
+    "Reads a queue's partitions in a thread of its own, for the threads of the bus."
 
     def take(self, limit: int, wait: float) -> list[_Item] | None:
         "Lend up to so many; None when this member has left its group."
@@ -854,6 +882,10 @@ class _Outlet(_Inlet, Outlet):
         for d in deliveries:
             d.receipt.until = until
 
+# %% ../../notebooks/4_events/49_kafka.ipynb #0363ddc6
+class _Moving(_Outlet):
+    "Stored elsewhere before it is finished here."
+
     def retry(self, delivery: Delivery, delay: float, failure: Failure | None) -> None:
         attempts = failure.attempts if failure else delivery.attempts
         topic, item = f"{self.namespace}.retry.{delivery.queue}", delivery.receipt
@@ -870,7 +902,7 @@ class _Outlet(_Inlet, Outlet):
             self.ack([delivery])
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #4d9e27f4
-class _Letters(_Outlet):
+class _Letters(_Moving):
     "What could not be handled."
 
     def _letters(self, queue: str) -> dict[str, Any]:

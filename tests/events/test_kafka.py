@@ -16,6 +16,7 @@ from conftest import an_event
 from mlops_lib.events import kafka
 from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.kafka import KafkaTransport, LocalCluster
+from mlops_lib.events.outbox import Transaction
 from mlops_lib.events.schema import DataIngested
 from mlops_lib.events.transport import (
     UNROUTABLE,
@@ -395,3 +396,38 @@ def test_the_id_of_a_killed_consumer_is_free_after_its_session(cluster: LocalClu
             break
         except ConsumerExists:
             assert time.monotonic() < deadline
+
+
+def test_consumers_come_and_go_while_events_flow(make_bus: Callable[..., Bus], tmp_path: Path) -> None:
+    bus, stop, insert = make_bus(), threading.Event(), "insert into done values (?, ?)"
+    with bus.transaction() as tx:
+        tx.execute("create table done(number integer, story text)")
+
+    def handle(event: DataIngested, tx: Transaction) -> None:
+        tx.execute(insert, (event.payload.num_samples, event.correlation_id))
+
+    def churn(stay: float) -> None:
+        while not stop.is_set():
+            other = make_bus()
+            other.subscribe("q", "data.*", handle, prefetch=20)
+            stop.wait(stay)
+            other.close()
+
+    bus.subscribe("q", "data.*", handle).close()
+    others = [threading.Thread(target=churn, args=(stay,)) for stay in (0.4, 0.7)]
+    for t in others:
+        t.start()
+    for start in range(0, 3_000, 50):
+        bus.publish_many(an_event(n, f"story-{n % 13}") for n in range(start, start + 50))
+        stop.wait(0.05)
+    stop.set()
+    for t in others:
+        t.join()
+    bus.subscribe("q", "data.*", handle)
+    bus.drain(60)
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        rows = db.execute("select story, number from done order by rowid").fetchall()
+    assert sorted(n for _, n in rows) == list(range(3_000)), "nothing lost, nothing twice"
+    for story in {s for s, _ in rows}:
+        numbers = [n for s, n in rows if s == story]
+        assert numbers == sorted(numbers), "a story keeps its order when its partition moves"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'T', 'RabbitTransport']
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #517e6f18
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #4cf911f0
 import asyncio
 import contextlib
 import itertools
@@ -19,6 +19,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -291,7 +292,7 @@ class _Link:
             self.connection.close()
             await asyncio.wait([self._gone], timeout=5)
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #372a0108
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #d28fe23f
 _Item = tuple[str, str, Message, pika.BasicProperties | None]  # exchange, routing key, message, unusual properties
 
 
@@ -321,14 +322,14 @@ class _Publisher:
         self._number = 0  # how many were sent over this channel
         self._sent: dict[int, tuple[_Batch, int]] = {}  # and not confirmed
         self._unsent: deque[tuple[_Batch, int]] = deque()
-        self._returned: Counter[str] = Counter()
+        self._returned: Counter[tuple[str, str, str]] = Counter()  # exchange, routing key, id
 
     async def _setup(self) -> None:
         channel = await _Channel(self.link.connection).open()
         await channel.call("exchange_declare", self.exchange, "topic", durable=True)
         for name in self._queues:
             await channel.call("queue_declare", name, durable=True)
-        channel.raw.add_on_return_callback(lambda _, method, properties, body: self._returned.update([properties.message_id]))
+        channel.raw.add_on_return_callback(lambda _, m, p, body: self._returned.update([(m.exchange, m.routing_key, p.message_id)]))
         channel.raw.add_on_close_callback(lambda *_: self._closed(channel.raw))
         await channel.call("confirm_delivery", self._confirmed)
         self._channel = channel.raw
@@ -388,9 +389,9 @@ class _Publisher:
             if refused:
                 error = BusFull("RabbitMQ did not store the message (basic.nack): its queue is full, or failed.")
             elif self._returned:
-                _, key, m, _ = batch.items[i]
-                if self._returned[m.event_id] > 0:
-                    self._returned[m.event_id] -= 1
+                exchange, key, m, _ = batch.items[i]
+                if self._returned[exchange, key, m.event_id] > 0:
+                    self._returned[exchange, key, m.event_id] -= 1
                     error = Unroutable(f"No queue wants {key!r}.")
                 self._returned = +self._returned  # drops zeros
             batch.settle(i, error)
@@ -671,7 +672,7 @@ def _letter(queue: str, method: Any, properties: pika.BasicProperties, body: byt
     at = datetime.fromtimestamp(int(h.get("at", 0)) / 1000, UTC)
     return DeadLetter(queue, m.event_id, m.routing_key, body, kind, error, text, int(h.get("attempts", 0)), at)
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #ced0376a
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #89370a04
 class _Connected(Transport):
     "A thread of its own that talks to the broker, over two connections."
 
@@ -718,7 +719,10 @@ class _Connected(Transport):
         if self._closed:
             work.close()
         self._check_open()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError:
+            raise BusError("This bus was closed.") from None
 
     def _soon(self, act: Callable[..., Any], *args: Any) -> None:
         self._check_open()
@@ -774,6 +778,10 @@ class _Connected(Transport):
                 self._ticker.cancel()
             for link in self._links:
                 await link.close()
+            waiting = asyncio.all_tasks() - {asyncio.current_task()}  # calls of other threads
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
         with self._claims.lock:
             if self._closed:
@@ -788,7 +796,7 @@ class _Connected(Transport):
         self._loop.close()
         self._claims.close()
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #4efe36e8
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #d67bc350
 class _Publishing(_Connected):
     "Into the queues."
 
@@ -814,13 +822,13 @@ class _Publishing(_Connected):
 
         async def act() -> None:
             # Noted before it is bound: a later bind has to know what to take back.
-            known = await self._registry(queue, wanted)
+            known = await self._registry(lambda known: known.update({queue: sorted({*known.get(queue, ()), *wanted})}))
             await self._declare(queue, wanted, set(known[queue]) - set(wanted))
             self._bound[queue] = wanted
 
         self._run(self._patiently(act))
 
-    async def _registry(self, queue: str = "", patterns: Iterable[str] = ()) -> dict[str, list[str]]:
+    async def _registry(self, change: Callable[[dict[str, list[str]]], Any] | None = None) -> dict[str, list[str]]:
         "The queues that are known, with every pattern that they ever had. It is one message in a queue."
         name = f"{self.namespace}:registry"
         async with _everything(self._in.connection, name) as (channel, messages):
@@ -828,8 +836,10 @@ class _Publishing(_Connected):
             for *_, body in messages:
                 for other, had in json.loads(body).items():
                     known[other] = sorted({*known.get(other, ()), *had})
-            if queue and not (queue in known and {*patterns} <= {*known[queue]}):
-                known[queue] = sorted({*known.get(queue, ()), *patterns})
+            before = dict(known)
+            if change:
+                change(known)
+            if known != before:
                 await self._send(_item("", name, Message("registry", name, "", json.dumps(known).encode())))
                 for method, *_ in messages:
                     channel.raw.basic_ack(method.delivery_tag)
@@ -999,7 +1009,7 @@ class _Settling(_Lending):
                     d.receipt = self._claims.add(d)
                     self._soon(session.ack, [tag])
 
-# %% ../../notebooks/4_events/47_rabbitmq.ipynb #c3fce02b
+# %% ../../notebooks/4_events/47_rabbitmq.ipynb #ec0d1a8a
 class RabbitTransport(_Settling):
     "Queues on a RabbitMQ server."
 
@@ -1045,6 +1055,21 @@ class RabbitTransport(_Settling):
             return {"ready": ready, "delayed": delayed, "dead": dead}
 
         return self._run(self._patiently(act))
+
+    def drop(self, queue: str) -> None:
+        async def act() -> None:
+            self._bound.pop(queue, None)
+            if feed := self._feeds.pop(queue, None):
+                async with feed.changing:
+                    await self._stop(feed)
+            async with _Channel(self._in.connection) as channel:
+                for kind in ("", ":retry", ".dead") if queue != UNROUTABLE else ():
+                    await channel.call("queue_delete", self._name(queue, kind))
+                if queue == UNROUTABLE:
+                    await channel.call("queue_purge", self._name(queue, ".dead"))
+            await self._registry(lambda known: known.pop(queue, None))
+
+        self._run(self._patiently(act))
 
     def queues(self) -> list[str]:
         return sorted(self._run(self._patiently(self._registry)))

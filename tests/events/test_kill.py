@@ -22,7 +22,7 @@ from mlops_lib.events.schema import DataIngested
 from mlops_lib.events.transport import PublishError
 from mlops_lib.servers import SERVICES, Server, find_program
 
-ROUNDS = int(os.environ.get("MLOPS_KILL_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("MLOPS_KILL_ROUNDS", "3"))
 BROKERS: dict[str, tuple[str | None, dict]] = {  # name -> the server that it needs, options of its transport
     "sqlite": (None, {"lease": 2.0}),
     "rabbitmq": ("rabbitmq", {"namespace": "kill"}),

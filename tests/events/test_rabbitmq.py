@@ -324,3 +324,24 @@ def test_a_long_delivery_ends_like_any_other(make: Make) -> None:
     other = make()
     assert {d.message.event_id for d in receive(other, 2)} == {again.message.event_id, unbegun.message.event_id}
     assert other.depth("q")["dead"] == 1
+
+
+def test_closing_ends_the_waiting_of_other_threads(make: Make, rabbitmq_server: Server) -> None:
+    transport, told = make(timeout=60), []
+
+    def publish() -> None:
+        try:
+            transport.publish([message(1)])
+        except BusError as e:
+            told.append(str(e))
+
+    rabbitmq_server.kill()
+    try:
+        waiting = threading.Thread(target=publish)
+        waiting.start()
+        until(lambda: bool(transport._out._unsent))
+        transport.close()
+        waiting.join(10)
+        assert told == ["This bus was closed."]
+    finally:
+        rabbitmq_server.start()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from .consumer import Subscription, in_handler
-from .outbox import PRIORITIES, Ledger, LedgerError, Transaction
+from .outbox import Ledger, LedgerError, Transaction, rank_of
 from .schema import MAX_BYTES, Event, EventError
 from mlops_lib.events.transport import (
     UNROUTABLE,
@@ -42,13 +42,6 @@ log = get_logger(__name__)
 Priority = Literal["low", "normal", "high"]
 
 # %% ../../notebooks/4_events/41_bus.ipynb #d6c99df3
-def _priority(event: Event, priority: str | None) -> str:
-    name = priority or vars(event.payload).get("priority") or "normal"
-    if name not in PRIORITIES:
-        raise BusError(f"A priority is one of {', '.join(PRIORITIES)}, not {name!r}.")
-    return name
-
-
 def _chunks(events: Iterable[Event], size: int) -> Iterator[list[Event]]:
     source = iter(events)
     while chunk := list(islice(source, size)):
@@ -78,11 +71,13 @@ class _Sending:
         self._publisher: threading.Thread | None = None
         _open.add(self)
 
-    def _message(self, event: Event, priority: Priority | None) -> Message:
+    def _check_open(self) -> None:
         if self.stopped.is_set():
             raise BusError("This bus is closed.")
+
+    def _message(self, event: Event, priority: Priority | None) -> Message:
         try:
-            body, rank = event.to_json(), PRIORITIES[_priority(event, priority)]
+            body, rank = event.to_json(), rank_of(event, priority)
         except AttributeError:
             kind = type(event).__name__
             raise BusError(f"Only events can be published, not {kind}: see mlops_lib.events.schema.") from None
@@ -121,9 +116,10 @@ class _Publishing(_Sending):
         priority: Priority | None = None,  # None: the payload's own, else normal
     ) -> Event:  # the event, once the broker has confirmed that it is stored
         "Publish one event. Inside a transaction of this bus it is published when that commits."
+        self._check_open()
         message = self._message(event, priority)
         if tx := self._joined():
-            tx.publish(event, _priority(event, priority))
+            tx.publish(event, priority)
             return event
         for _, error in self._send([message]):
             raise error
@@ -136,13 +132,14 @@ class _Publishing(_Sending):
         window: int = 500,  # how many may be under way before the broker has confirmed them
     ) -> int:  # how many, all of them confirmed
         "Publish events in order, in windows. Raises PublishError, with those that were not confirmed."
+        self._check_open()
         total = 0
         failed: list[tuple[Event, Exception]] = []
         for chunk in _chunks(events, window):
             total += len(chunk)
             if tx := self._joined():
                 for event in chunk:
-                    tx.publish(event, _priority(event, priority))
+                    tx.publish(event, priority)
             else:
                 for message, error in self._send([self._message(e, priority) for e in chunk]):
                     failed.append((next(e for e in chunk if e.event_id == message.event_id), error))
@@ -266,6 +263,16 @@ class _Inspecting(_Subscribing):
         "How many events of a queue are ready, delayed and dead."
         return self.transport.depth(check_name(queue))
 
+    def queues(self) -> list[str]:
+        "The queues that are known, whoever made them."
+        return self.transport.queues()
+
+    def drop(self, queue: str) -> None:
+        "Forget a queue that nobody consumes any more, with all that is in it. It would gather events for ever."
+        if any(s.queue == check_name(queue) for s in self.subscriptions):
+            raise BusError(f"{queue!r} has a consumer here: close its subscription first.")
+        self.transport.drop(queue)
+
     def drain(self, timeout: float = 30.0) -> None:
         "Wait until all that this bus subscribes to is handled. Raises TimeoutError, with what is left."
         deadline, before, fetched = time.monotonic() + timeout, None, [0]
@@ -293,6 +300,7 @@ class Bus(_Inspecting):
 
     async def apublish(self, event: Event, priority: Priority | None = None) -> Event:
         "`publish`, awaited. Many at once travel in one window."
+        self._check_open()
         message, future = self._message(event, priority), Future[Event]()
         with self._lock:
             if self._publisher is None:

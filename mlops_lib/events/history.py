@@ -299,10 +299,11 @@ class History:
         self,
         url: str | None = None,  # sqlite:///file.db or redis://…; None: settings.redis_url, else a file in the data folder
         retention: timedelta | None = None,  # `prune` drops what is older; None: keep everything
+        namespace: str = "mlops",  # of its keys in Redis
     ):
         url = url or settings.redis_url or f"sqlite:///{settings.data_dir / 'events' / 'history.db'}"
         if url.startswith(("redis://", "rediss://")):
-            self.store: Store = RedisStore(url)
+            self.store: Store = RedisStore(url, namespace)
         elif url.startswith("sqlite:///") and len(url) > 10:
             self.store = SqliteStore(Path(url[10:]))
         else:

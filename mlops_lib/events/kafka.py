@@ -474,7 +474,7 @@ class _Binding(_Bindings):
         self._make([f"{self.namespace}.retry.{queue}"], self._partitions, retention_ms=str(int(self._retention * 1000)))
         wanted, eras = sorted(set(patterns)), self._bindings().get(queue, [])
         if not eras or eras[-1][0] != wanted:
-            mine = [*eras, [wanted, self._ends(self._events)]]
+            mine = [*eras, [wanted, self._ends([*self._events, f"{self.namespace}.retry.{queue}"])]]
             self._bind(queue, mine)
             if (merged := self._bindings()[queue])[0] != mine[0]:
                 self._bind(queue, merged)
@@ -978,6 +978,14 @@ class _Inspecting(_Letters):
 
     def queues(self) -> list[str]:
         return sorted(self._bindings())
+
+    def drop(self, queue: str) -> None:
+        if reader := self._readers.pop(queue, None):
+            reader.close()
+        gone = [_Record(self._dead_topic(queue), key, None, partition=0) for key in self._letters(queue)]
+        for error in filter(None, self._append([*gone, _Record(self._bound, queue, None, partition=0)])):
+            raise error
+        self._bindings()  # what is published from now on has nobody else to wait for
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #a0cf07c5
 class KafkaTransport(_Inspecting, Transport):

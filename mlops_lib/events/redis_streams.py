@@ -473,6 +473,15 @@ class _Settling(_Consuming):
         with self._asking() as db:
             return sorted(q.decode() for q in db.hkeys(self._key("bindings")))
 
+    def drop(self, queue: str) -> None:
+        self._bound.pop(queue, None)
+        with self._asking() as db:
+            pipe = db.pipeline(transaction=True)
+            pipe.delete(*self._keys(queue))
+            pipe.hdel(self._key("bindings"), queue)
+            pipe.set(self._key("version"), uuid.uuid4().hex)
+            pipe.execute()
+
 # %% ../../notebooks/4_events/48_redis_streams.ipynb #07218a55
 _SCRIPTS["revive"] = """
 -- KEYS: the queue's    ARGV: ids of dead letters

@@ -198,8 +198,9 @@ class _Inlet(_File, Inlet):
             with self._write() as db:
                 self._check_room(db)
                 self._refresh(db)
+                routes = self._routes
                 for i, message in enumerate(messages):
-                    if not (queues := self._wanted_by(message.routing_key)):
+                    if not (queues := routes.get(message.routing_key) or self._wanted_by(message.routing_key)):
                         results[i] = Unroutable(f"No queue wants {message.routing_key!r}.")
                     for queue in queues:
                         rows.append((queue, *message))
@@ -337,6 +338,12 @@ class SqliteTransport(_Outlet, Transport):
 
     def queues(self) -> list[str]:
         return [row[0] for row in self._read("select distinct queue from binding order by queue")]
+
+    def drop(self, queue: str) -> None:
+        with self._write() as db:
+            db.execute("delete from binding where queue = ?", (queue,))
+            db.execute("delete from message where queue = ?", (queue,))
+        self._version = -1
 
     def claim(self, consumer_id: str) -> None:
         lock = FileLock(f"{self.path}.{consumer_id}.lock", timeout=0)  # the system frees it when the process dies

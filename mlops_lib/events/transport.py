@@ -219,6 +219,10 @@ class Transport(Inlet, Outlet):
         "The queues that are known."
 
     @abstractmethod
+    def drop(self, queue: str) -> None:
+        "Forget a queue that nobody consumes any more: its patterns, and all that is in it, dead letters too."
+
+    @abstractmethod
     def claim(self, consumer_id: str) -> None:
         "Take a consumer's id; raises ConsumerExists when a living consumer has it."
 

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import filecmp
+import json
 import os
 import re
 import shutil
@@ -70,6 +71,14 @@ def test_no_lesson_needs_a_later_part() -> None:
     needs = dependencies(read_course(ROOT))
     late = [(a, b) for a, others in needs.items() for b in others if b.split("/")[0] > a.split("/")[0]]
     assert not late
+
+
+def test_a_test_that_a_lesson_points_to_exists() -> None:
+    known = {name for path in (ROOT / "tests").rglob("test_*.py") for name in [path.name, *re.findall(r"def (test_\w+)", path.read_text())]}
+    for path in (ROOT / "notebooks").glob("*/*.ipynb"):
+        prose = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"]
+        named = set(re.findall(r"`(?:[\w/]*/)?(test_\w+(?:\.py)?)`", "\n".join(prose)))
+        assert named <= known, f"{path.name} points to {sorted(named - known)}"
 
 
 def test_no_exercise_holds_a_solution_or_a_hidden_test() -> None:

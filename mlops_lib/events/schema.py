@@ -12,7 +12,7 @@ __all__ = ['EventId', 'Name', 'Utc', 'E', 'Share', 'Count', 'Seconds', 'Number',
 # %% ../../notebooks/4_events/40_schema.ipynb #774d6568
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache, reduce
 from operator import or_
@@ -120,9 +120,9 @@ class Event(BaseModel):
 
 
 @lru_cache(maxsize=1)
-def _parser() -> TypeAdapter[Event]:
+def _parser() -> Callable[[bytes], Event]:
     every: Any = Annotated[reduce(or_, Event.types.values()), Field(discriminator="event_type")]
-    return TypeAdapter(every)
+    return TypeAdapter(every).validator.validate_json
 
 # %% ../../notebooks/4_events/40_schema.ipynb #e9b3c4b2
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -367,12 +367,12 @@ def parse_event(
     if len(data) > max_bytes:
         raise EventError(f"An event of {len(data):,} bytes; at most {max_bytes:,} are read. Send a path, not the data.")
     try:
-        return _complete(_parser().validate_json(data))
+        return _complete(_parser()(data))
     except ValidationError as e:
         cloud, problem = _as_cloud(data), e
     if cloud is not None:
         try:
-            return _complete(_parser().validate_json(_dumped(_from_cloud(cloud))))
+            return _complete(_parser()(_dumped(_from_cloud(cloud))))
         except ValidationError as e:
             problem = e
     raise EventError(_explain(problem))

@@ -223,10 +223,10 @@ def lab() -> None:
     from mlops_lib.settings import settings
 
     first = "notebooks/0_start/00_settings.ipynb"
-    os.execvp(
-        sys.executable,
-        [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", first],
-    )
+    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", first]
+    if os.geteuid() == 0:  # as in a container; it listens on this machine alone, and asks for its token
+        command.append("--allow-root")
+    os.execvp(sys.executable, command)
 
 # %% ../notebooks/9_course/95_cli.ipynb #3c58a6db
 @cli.group(cls=Group)

@@ -330,10 +330,13 @@ class Subscription(_Handling):
             with self._ready:
                 self._receiving = False
                 self.fetched += 1
-                for delivery in fresh:
+                late = fresh if self._closing else []  # told to stop while the answer was on its way
+                for delivery in fresh if not late else []:
                     self._held[delivery.message.event_id] = delivery
                     self._lanes.push(delivery)
                 self._ready.notify_all()
+            if late:
+                self._safely(self.bus.transport.release, late)
 
     def _flush(self, worker: _Worker) -> None:
         with worker.guard:

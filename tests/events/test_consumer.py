@@ -409,3 +409,30 @@ def test_drain_waits_for_what_is_on_its_way_to_the_handler(tmp_path: Path) -> No
             bus.publish(an_event(n))
             bus.drain()
             assert got == list(range(n + 1))
+
+
+def test_what_is_received_while_a_subscription_closes_is_given_back(tmp_path: Path) -> None:
+    received, go_on = threading.Event(), threading.Event()
+
+    class Late(SqliteTransport):
+        "Its answer arrives after the consumer has been told to stop."
+
+        def receive(self, queue: str, limit: int, wait: float) -> list[Delivery]:
+            got = super().receive(queue, limit, wait)
+            if got:
+                received.set()
+                go_on.wait(30)
+            return got
+
+    handled: list[Any] = []
+    with Bus(Late(f"sqlite:///{tmp_path}/bus.db", lease=600.0)) as one:
+        work = one.subscribe("q", "#", handled.append)
+        one.publish(an_event())
+        assert received.wait(30)
+        closing = threading.Thread(target=work.close)
+        closing.start()
+        until(lambda: work._closing)
+        go_on.set()
+        closing.join(30)
+        assert handled == []
+        assert one.depth("q")["ready"] == 1, "not begun, so it is there for others, at once"

@@ -688,7 +688,7 @@ class _Rebalancing(_Taking):
             self.forget([p for t in taken if (p := self.parts.get((t.topic, t.partition)))])
 
 # %% ../../notebooks/4_events/49_kafka.ipynb #ef954e4a
-_MOST, _MOST_BYTES = 2_000, 4_000_000  # what is read ahead of each partition  # what is read ahead of each partition
+_MOST, _MOST_BYTES = 2_000, 4_000_000  # what is read ahead of each partition
 
 
 class _Group(_Rebalancing):

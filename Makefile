@@ -3,13 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test lab export exercises lint lock clean
+.PHONY: run test test-all lab export exercises lint lock clean
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 run: $(READY)  ## every lesson, end to end
 	mlops run
 
 test: $(READY) lint  ## every check and every test
+	mlops test
+
+test-all: export MLOPS_LONG = 1
+test-all: $(READY) lint  ## the same, with the long tests at full length
 	mlops test
 
 lab: $(READY)  ## JupyterLab on the first lesson

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 # %% ../notebooks/0_start/00_settings.ipynb #2a4c2590
 class Settings(BaseModel):
@@ -46,6 +46,11 @@ class Settings(BaseModel):
     chroma_port: int = Field(8001, gt=0, lt=65_536)
     prometheus_url: str | None = None
     grafana_url: str | None = None
+    otlp_endpoint: str | None = None  # of a collector of OpenTelemetry; None: no trace is sent anywhere
+    language_model: str | None = Field(None, pattern="^(openai|ollama):.+")  # None: answers quote their sources, no model writes them
+    openai_api_key: SecretStr | None = None
+    openai_base_url: str | None = None  # of any server that speaks OpenAI's protocol; None: OpenAI's own
+    ollama_host: str = "http://127.0.0.1:11434"
 
     @field_validator("data_dir", "runs_dir", "mlflow_tracking_uri", "bus_url")
     @classmethod
@@ -106,6 +111,10 @@ USUAL_NAMES = {
     "chroma_port": "CHROMA_PORT",
     "prometheus_url": "PROMETHEUS_URL",
     "grafana_url": "GRAFANA_URL",
+    "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "openai_api_key": "OPENAI_API_KEY",
+    "openai_base_url": "OPENAI_BASE_URL",
+    "ollama_host": "OLLAMA_HOST",
 }
 
 

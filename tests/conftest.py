@@ -3,6 +3,9 @@
 import os
 import tempfile
 
+import pytest
+from hypothesis import settings
+
 # mlops_lib.settings loads once, at import, so the folder is set before any test module imports the library.
 _folder = tempfile.TemporaryDirectory(prefix="mlops-tests-")
 os.environ["MLOPS_DATA_DIR"] = f"{_folder.name}/data"
@@ -14,3 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tables are small: several t
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it says on standard error that it is used
+
+settings.register_profile("workspace", deadline=None)  # on a busy machine any example may take long
+settings.load_profile("workspace")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("MLOPS_LONG") != "1":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make test-all"))

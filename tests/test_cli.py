@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlops_lib.cli import Command, cli
+from mlops_lib.cli import Command, cli, every_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,20 +19,12 @@ def call(*args: object):
     return CliRunner().invoke(cli, [str(a) for a in args])
 
 
-def commands(group: click.Group, path: tuple[str, ...] = ()):
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
-
-@pytest.mark.parametrize(("path", "command"), list(commands(cli)), ids=lambda x: " ".join(x) if isinstance(x, tuple) else "")
+@pytest.mark.parametrize(("path", "command"), list(every_command(cli)), ids=lambda x: " ".join(x) if isinstance(x, tuple) else "")
 def test_every_command_has_help_with_an_example_that_names_it(path: tuple[str, ...], command: click.Command) -> None:
-    result = call(*path, "--help")
+    result = call(*path[1:], "--help")
     assert result.exit_code == 0
     assert isinstance(command, Command)
-    assert f"Example: mlops {' '.join(path)}" in " ".join(result.output.split())
+    assert f"Example: {' '.join(path)}" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -85,3 +77,53 @@ def test_a_failing_lesson_is_exit_code_1_and_shows_its_cell(tmp_path: Path, monk
     assert result.exit_code == 1
     assert "NameError" in result.output
     assert "price['pear']" in result.output
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("worker", "trainer"),
+        ("worker", "registry", "--framework", "pytorch"),
+        ("worker", "training", "--options", "{no json"),
+        ("worker", "--options", '{"folder": "here"}'),
+        ("train", "--all", "--kind", "svm"),
+        ("registry", "declare"),
+    ],
+)
+def test_a_service_that_is_not_there_and_options_that_do_not_fit_are_exit_code_2(args: tuple[str, ...]) -> None:
+    assert call(*args).exit_code == 2
+
+
+def test_a_worker_ends_on_sigterm_with_exit_code_0(tmp_path: Path) -> None:
+    import signal
+
+    environment = os.environ | {"MLOPS_DATA_DIR": str(tmp_path)}
+    command = [Path(sys.executable).parent / "mlops", "worker", "ingress", "history", "--bus", f"sqlite:///{tmp_path / 'bus.db'}"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "at work" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, "".join(said)
+
+
+def test_train_all_shows_every_kind_and_draws_it(tmp_path: Path) -> None:
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 2))
+    frame = pd.DataFrame(x, columns=["a", "b"]).assign(y=np.where(x[:, 0] + 0.3 * rng.normal(size=150) > 0, "yes", "no"))
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    plot = tmp_path / "board.svg"
+    result = call("train", "--all", "--table", tmp_path / "table.csv", "--target", "y", "--cv", "2", "--plot", plot, "--json")
+    told = json.loads(result.stdout)
+    found = {row["candidate"]: row for row in told["leaderboard"]}
+    assert result.exit_code == 0
+    assert {"baseline", "logistic", "xgboost", "forest"} <= set(found)
+    assert found["logistic"]["auc_roc"] > found["baseline"]["auc_roc"]
+    assert all(row["fit_s"] > 0 and row["alone_ms"] > 0 and row["size_kb"] > 0 for row in found.values())
+    assert "<svg" in plot.read_text()

@@ -4,23 +4,28 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from support import need
 
-from mlops_lib.servers import SERVICES, NotHealthy, Server, ServerError, check_http, find_program, server
+from mlops_lib.servers import (
+    SERVICES,
+    Hung,
+    NotHealthy,
+    Server,
+    ServerError,
+    _wait_gone,
+    check_http,
+    free_port,
+    server,
+)
 
 NATIVE = [name for name, service in SERVICES.items() if service.launch]
-
-
-def need(name: str) -> None:
-    if find_program(SERVICES[name].program):
-        return
-    if os.environ.get("MLOPS_REQUIRE_STACK") == "1":
-        pytest.fail(f"{name} is not installed: {SERVICES[name].install}")
-    pytest.skip(f"not run: {name} is not installed")
 
 
 @pytest.mark.parametrize("name", [n for n in NATIVE if n != "mlflow"])  # test_stack.py starts MLflow
@@ -153,3 +158,64 @@ def test_wrong_names_and_missing_programs_say_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServerError, match="apt-get install -y redis-server"):
         Server("redis", tmp_path / "r").start()
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_is_given() -> None:
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 49_152
+    ports = {free_port() for _ in range(50)}
+    assert max(ports) < first
+
+
+def test_rabbitmq_is_up_when_it_says_so_not_when_it_first_answers(tmp_path: Path) -> None:
+    need("rabbitmq")
+    with server("rabbitmq", tmp_path) as one:  # it answers some steps earlier; queues declared until then can be lost
+        assert one.log.read_text().count("Server startup complete") == 1
+        one.kill()
+        assert one.start().log.read_text().count("Server startup complete") == 2
+
+
+def test_a_port_is_given_once_for_all_processes_that_still_live() -> None:
+    ours = {free_port() for _ in range(300)}
+    assert len(ours) == 300
+    ask = "from mlops_lib.servers import free_port; print(*(free_port() for _ in range(1_000)))"
+    theirs = {int(port) for port in subprocess.check_output([sys.executable, "-c", ask], text=True).split()}
+    assert len(theirs) == 1_000
+    assert not ours & theirs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ends one thread of a process by Linux's own call")
+def test_a_process_has_ended_when_its_last_thread_has() -> None:
+    number = {"x86_64": 60, "aarch64": 93}[os.uname().machine]  # exit(2), of a single thread
+    code = f"import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); ctypes.CDLL(None).syscall({number}, 0)"
+    child = psutil.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 30
+        while child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not _wait_gone([psutil.Process(child.pid)], 0.2), "a thread of it lives, and would still hold its port"
+    finally:
+        child.kill()
+    assert _wait_gone([psutil.Process(child.pid)], 10)
+
+
+def test_a_server_that_hangs_at_its_start_is_started_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    need("redis")
+    plain = SERVICES["redis"]
+
+    def lame(one: Server) -> tuple[list[str], dict[str, str]]:
+        starts.append(one)
+        return (["sleep", "1000"], {}) if len(starts) <= hangs else plain.launch(one)  # type: ignore[misc]
+
+    monkeypatch.setitem(SERVICES, "redis", replace(plain, launch=lame, patience=3))
+    starts, hangs = [], 1
+    with caplog.at_level("WARNING"), server("redis", tmp_path / "once") as one:
+        assert one.ask() is None
+        assert len(starts) == 2
+    assert "Started once more" in caplog.text
+    starts, hangs = [], 2
+    with pytest.raises(Hung, match=r"redis is not healthy \(.*sleep.*\n\(nothing\)"), server("redis", tmp_path / "twice"):
+        pytest.fail("it is not healthy")
+    assert len(starts) == 2
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1000"] and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left, "what hung is ended"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_servers import need
+from support import need
 
 from mlops_lib.servers import SERVICES, find_program, free_port, server
 from mlops_lib.settings import SettingsError, load_settings

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,17 @@ def locked() -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
+def test_every_pin_can_be_installed_on_the_least_python() -> None:
+    (least,) = (s.version for s in SpecifierSet(PROJECT["requires-python"]) if s.operator == ">=")
+    found = {d.metadata["Name"].lower().replace("_", "-"): d.metadata.get("Requires-Python") for d in distributions()}
+    pins = {name: found[name] for name in locked() if found.get(name)}
+    assert len(pins) > 200
+    tight = {name: wants for name, wants in pins.items() if not SpecifierSet(wants).contains(f"{least}.0")}
+    assert not tight, f"pip would search for minutes on Python {least}.0, and give up: {tight}"
+
+
 def differences(left: Path, right: Path) -> list[str]:
-    compared = filecmp.dircmp(left, right, ignore=["__pycache__", ".ipynb_checkpoints", "inbox_grammar.txt"])
+    compared = filecmp.dircmp(left, right, ignore=["__pycache__", ".ipynb_checkpoints", "inbox_grammar.txt", "portal.html"])
     _, different, unread = filecmp.cmpfiles(left, right, compared.common_files, shallow=False)
     here = [str(left / name) for name in [*different, *unread, *compared.left_only, *compared.right_only]]
     return here + [found for sub in compared.common_dirs for found in differences(left / sub, right / sub)]
@@ -81,6 +91,13 @@ def test_a_test_that_a_lesson_points_to_exists() -> None:
         assert named <= known, f"{path.name} points to {sorted(named - known)}"
 
 
+@pytest.mark.parametrize("folder", ["notebooks", "solutions", "exercises"])
+def test_every_notebook_names_its_kernel(folder: str) -> None:
+    "Without it papermill refuses the notebook, and with it the whole run."
+    found = {p: json.loads(p.read_text())["metadata"].get("kernelspec", {}) for p in (ROOT / folder).glob("*/*.ipynb")}
+    assert not [p.name for p, kernel in found.items() if (kernel.get("name"), kernel.get("language")) != ("python3", "python")]
+
+
 def test_no_exercise_holds_a_solution_or_a_hidden_test() -> None:
     for path in (ROOT / "exercises").glob("*/*.ipynb"):
         text = path.read_text()
@@ -109,8 +126,8 @@ def test_the_lock_covers_and_satisfies_every_dependency() -> None:
 
 
 def test_the_library_imports_only_declared_dependencies() -> None:
-    modules = {"sklearn": "scikit-learn", "yaml": "pyyaml", "xgboost": "xgboost-cpu", "IPython": "ipython"}
-    modules |= {"pythonjsonlogger": "python-json-logger", "sentence_transformers": "sentence-transformers"}
+    modules = {"sklearn": "scikit-learn", "yaml": "pyyaml", "xgboost": "xgboost-cpu", "tensorflow": "tensorflow-cpu", "IPython": "ipython"}
+    modules |= {"pythonjsonlogger": "python-json-logger", "sentence_transformers": "sentence-transformers", "Stemmer": "PyStemmer", "opentelemetry": "opentelemetry-sdk"}
     declared = {requirement.name.lower().replace("_", "-") for requirement in requirements()}
     indirect = {"nbformat", "traitlets", "tokenizers", "transformers"}
     for path in (ROOT / "mlops_lib").rglob("*.py"):

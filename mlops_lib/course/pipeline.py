@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'STYLE', 'Lesson', 'read_lesson', 'read_course', 'dependencies', 'select', 'ipc_config', 'Limits',
-           'Outcome', 'read_headline', 'run_lesson', 'lesson_key', 'RunRecord', 'earlier_outcomes', 'report_html',
-           'Watcher', 'check_parameters', 'run_course']
+           'lesson_environment', 'Outcome', 'read_headline', 'run_lesson', 'write_html', 'lesson_key', 'RunRecord',
+           'earlier_outcomes', 'report_html', 'Watcher', 'check_parameters', 'KernelChoice', 'run_course']
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #98d2767f
 import ast
@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from html import escape
@@ -26,6 +27,7 @@ from typing import Any
 
 from IPython.core.inputtransformer2 import TransformerManager
 
+from . import kernels
 from ..settings import find_root, settings
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #d16adbce
@@ -173,7 +175,13 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ANONYMIZED_TELEMETRY": "False",
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: otherwise a thread and a database from its import on
 }
+
+
+def lesson_environment(profile: str) -> dict[str, str]:
+    "The variables of a lesson's kernel."
+    return {**os.environ, "MLOPS_PROFILE": profile, **ENVIRONMENT}
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #78eaa2a3
 def _engine() -> type:
@@ -230,6 +238,7 @@ class Outcome:
     traceback: str = ""  # the failing cell and its traceback
     key: str = ""  # what it ran on: same key, same outcome
     kept: bool = False  # taken over from an earlier run with the same key
+    kernel: str = ""  # which kind it ran in: mlops (a fork, lesson 91) or python3
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #67c42f2b
 def read_headline(
@@ -272,6 +281,8 @@ def run_lesson(
     parameters: dict[str, Any] | None = None,  # those that the lesson declares are passed on
     limits: Limits | None = None,  # None: those of the settings
     on_cell: Callable[[int, int], None] = lambda done, total: None,  # told before each cell
+    kernel: str = "python3",
+    render: Callable[[Path], Any] = lambda done: write_html(done),  # what makes a page of the executed notebook
 ) -> Outcome:  # never raises for what the lesson does wrong
     "Execute one lesson in a fresh kernel; writes NAME.ipynb and NAME.html into `out` when it has ended."
     import nbformat
@@ -293,11 +304,11 @@ def run_lesson(
                 str(part),
                 parameters={name: given[name] for name in lesson.parameters if name in given},
                 engine_name="mlops",
-                kernel_name="python3",
+                kernel_name=kernel,
                 cwd=str(lesson.path.parent),
                 progress_bar=False,
                 config=ipc_config(Path(sockets)),
-                kernel={"env": os.environ | {"MLOPS_PROFILE": profile} | ENVIRONMENT, "stderr": stderr},
+                kernel={"env": lesson_environment(profile), "stderr": stderr},
                 limits=limits or Limits(),
                 on_cell=on_cell,
             )
@@ -307,16 +318,23 @@ def run_lesson(
     if not error:
         noise.unlink()
     executed = nbformat.read(part, as_version=4)
-    _write_html(executed, done.with_suffix(".html"))
     os.replace(part, done)
+    render(done)
     status, headline = ("failed", "") if error else ("ok", read_headline(executed))
-    return Outcome(lesson.name, lesson.title, status, seconds, headline, error, traceback)
+    return Outcome(
+        lesson.name, lesson.title, status, seconds, headline, error, traceback, kernel=kernel
+    )
 
 
-def _write_html(notebook: Any, path: Path) -> None:
+def write_html(
+    notebook: Path,  # executed
+) -> Path:
+    "A page beside a notebook, with the same name."
     from nbconvert import HTMLExporter
 
-    path.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    page, part = notebook.with_suffix(".html"), notebook.with_name(f".{notebook.stem}.part.html")
+    part.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
+    return part.replace(page)
 
 # %% ../../notebooks/9_course/90_pipeline.ipynb #8122a353
 def lesson_key(
@@ -442,6 +460,7 @@ class Watcher:
     "Is told how a run goes on; the command line draws it, a test counts it."
 
     def lesson_started(self, name: str, number: int, total: int) -> None: ...
+    def kernel_chosen(self, kernel: str, why: str) -> None: ...  # when it is another than before
     def cell_started(self, done: int, total: int) -> None: ...
     def lesson_ended(self, outcome: Outcome) -> None: ...
 
@@ -458,6 +477,32 @@ def check_parameters(
                 f"No selected lesson has a parameter {name!r}. They have: {', '.join(sorted(known)) or 'none'}."
             )
 
+# %% ../../notebooks/9_course/90_pipeline.ipynb #c91b0002
+class KernelChoice:
+    "Chooses the kernel of each lesson of a run, and tells when the choice changes, and why."
+
+    def __init__(self, profile: str, tell: Callable[[str, str], None], fresh: bool = False) -> None:
+        self.environ, self.tell, self.fresh = lesson_environment(profile), tell, fresh
+        self.names: list[str] = []  # what the server imports
+        self.last = ""
+
+    def __call__(self, lesson: Lesson) -> str:  # mlops or python3
+        "The kernel `mlops` if its server is ready; else a plain one, while the server starts."
+        kernel, why = "mlops", ""
+        try:
+            if self.fresh:
+                raise kernels.KernelServerError("asked for")
+            if not self.names and not lesson.imports:  # nothing of the library yet: no reason to start a server
+                return "python3"
+            self.names = self.names or kernels.install(ENVIRONMENT)
+            kernels.connect(self.names, self.environ).close()
+        except (kernels.KernelServerError, OSError) as e:
+            kernel, why = "python3", str(e)
+        if kernel != self.last:
+            self.last = kernel
+            self.tell(kernel, why)
+        return kernel
+
 # %% ../../notebooks/9_course/90_pipeline.ipynb #df381533
 def run_course(
     lessons: Sequence[Lesson],  # in order, as select() gives them
@@ -467,6 +512,7 @@ def run_course(
     limits: Limits | None = None,
     watcher: Watcher | None = None,
     resume: bool = False,  # True: also take over green lessons of runs that ended
+    fresh: bool = False,  # True: every lesson in a plain kernel
 ) -> RunRecord:
     "Run lessons one after the other and keep a record; see check_parameters for what it refuses."
     parameters, watcher, runs = parameters or {}, watcher or Watcher(), runs or settings.runs_dir
@@ -479,23 +525,31 @@ def run_course(
     folder.mkdir(parents=True)
     record, needs = RunRecord(folder, profile, parameters), dependencies(lessons)
     broken: set[str] = set()
+    choose = KernelChoice(profile, watcher.kernel_chosen, fresh)
     record.save()
+    pages: list[Future[Path]] = []  # of a lesson, while the next one runs: a page takes seconds
     try:
-        for number, lesson in enumerate(lessons, 1):
-            watcher.lesson_started(lesson.name, number, len(lessons))
-            key = lesson_key(lesson, profile, parameters)
-            if missing := sorted(needs[lesson.name] & broken):
-                outcome = Outcome(
-                    lesson.name, lesson.title, "skipped", error=f"needs {', '.join(missing)}"
-                )
-            elif key in earlier:
-                outcome = _take_over(*earlier[key], folder)
-            else:
-                outcome = run_lesson(lesson, folder, profile, parameters, limits, watcher.cell_started)
-            record.outcomes.append(replace(outcome, key=key))
-            broken |= {lesson.name} if outcome.status == "failed" else set()
-            record.save()
-            watcher.lesson_ended(outcome)
+        with ThreadPoolExecutor(1, "pages") as aside:
+            render = lambda done: pages.append(aside.submit(write_html, done))
+            for number, lesson in enumerate(lessons, 1):
+                watcher.lesson_started(lesson.name, number, len(lessons))
+                key = lesson_key(lesson, profile, parameters)
+                if missing := sorted(needs[lesson.name] & broken):
+                    outcome = Outcome(
+                        lesson.name, lesson.title, "skipped", error=f"needs {', '.join(missing)}"
+                    )
+                elif key in earlier:
+                    outcome = _take_over(*earlier[key], folder, render)
+                else:
+                    outcome = run_lesson(
+                        lesson, folder, profile, parameters, limits, watcher.cell_started, choose(lesson), render
+                    )
+                record.outcomes.append(replace(outcome, key=key))
+                broken |= {lesson.name} if outcome.status == "failed" else set()
+                record.save()
+                watcher.lesson_ended(outcome)
+        for page in pages:
+            page.result()
         record.state = "done"
     except BaseException:
         record.state = "interrupted"
@@ -505,8 +559,11 @@ def run_course(
     return record
 
 
-def _take_over(outcome: Outcome, source: Path, folder: Path) -> Outcome:
-    for suffix in (".ipynb", ".html"):
-        name = outcome.name.split("/")[1] + suffix
-        shutil.copy(source / name, folder / name)
+def _take_over(outcome: Outcome, source: Path, folder: Path, render: Callable[[Path], Any]) -> Outcome:
+    name = outcome.name.split("/")[1]
+    done = Path(shutil.copy(source / f"{name}.ipynb", folder))
+    try:
+        shutil.copy(source / f"{name}.html", folder)
+    except FileNotFoundError:  # that run was killed before it had written the page
+        render(done)
     return replace(outcome, kept=True)

@@ -36,7 +36,7 @@ def _read(df: pd.DataFrame | pl.DataFrame, column: str) -> pl.Series:
         texts = df[column]
         if texts.dtype not in (pl.String, pl.Null):
             raise FeatureError(f"Column {column!r} holds {texts.dtype}, not text. Convert it first.")
-        return texts.cast(pl.String).fill_null("")
+        return texts.cast(pl.String).fill_null("") if texts.null_count() or texts.dtype == pl.Null else texts
     if isinstance(df[column].dtype, pd.StringDtype):
         return pl.Series(column, df[column].to_numpy(object, na_value=""), pl.String)
     values = ["" if empty else value for value, empty in zip(df[column], df[column].isna(), strict=True)]
@@ -50,7 +50,8 @@ def _read(df: pd.DataFrame | pl.DataFrame, column: str) -> pl.Series:
 def _add(df: Frame, new: dict[str, pl.Series]) -> Frame:
     "The same kind of frame with these columns set; a pandas frame keeps its index and attrs."
     if isinstance(df, pl.DataFrame):
-        return df.with_columns(column.alias(name) for name, column in new.items())
+        named = [column.alias(name) for name, column in new.items()]
+        return df.with_columns(named) if new.keys() & set(df.columns) else df.hstack(named)
     return df.assign(**{
         name: pd.array(c.to_list(), dtype="str") if c.dtype == pl.String else c.to_numpy()
         for name, c in new.items()
@@ -91,14 +92,24 @@ def _once(texts: pl.Series) -> pl.Series:
     return texts.str.strip_chars()
 
 # %% ../../notebooks/1_data/15_features.ipynb #ffdb7287
-_UNUSUAL = rf"[^\x20-\x7e]|  |[&<@]|://|(?i:www\.)|[0-9][ ().-]{{1,3}}[0-9]{{3}}|\+[0-9]|{_RUNS}"
-_ROUNDS = 8
+_ODD = r"[^\x20-\x7e]|  |[&<@]|://|(?i:www\.)|[0-9][ ().-]{1,3}[0-9]{3}|\+[0-9]"
+_UNUSUAL = f"{_ODD}|{_RUNS}"
+_UNUSUAL_ONE = re.compile(rf"{_ODD}|([{re.escape(RUNS_OF)}])\1{{3}}")
+_ROUNDS, _FEW = 8, 16
+
+
+def _unusual(texts: pl.Series) -> pl.Series:
+    "The rows to clean. For a handful, building polars' pattern takes longer than using Python's."
+    if len(texts) > _FEW:
+        return texts.str.contains(_UNUSUAL).arg_true()
+    found = [row for row, text in enumerate(texts) if _UNUSUAL_ONE.search(text)]
+    return pl.Series("", found, pl.get_index_type())
 
 
 def _clean(texts: pl.Series) -> pl.Series:
     "Clean until another round would change nothing; only rows that still change go round again."
     done = texts.str.strip_chars()
-    rows = done.str.contains(_UNUSUAL).arg_true()
+    rows = _unusual(done)
     left = done.gather(rows)
     for _ in range(_ROUNDS):
         if not len(rows):
@@ -143,8 +154,10 @@ _SPACES = r"[\x00-\x1f\x7f-\x9f\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f
 def _count(texts: pl.Series) -> pl.DataFrame:
     "The features of the text alone, one row for each text."
     texts = texts.str.strip_chars()
-    uneven = texts.str.contains(_SPACES).arg_true()  # only in text that was not cleaned
-    texts = texts.scatter(uneven, texts.gather(uneven).str.replace_all(r"\s+", " "))
+    uneven = texts.str.contains(_SPACES)
+    if uneven.any():  # only in text that was not cleaned
+        rows = uneven.arg_true()
+        texts = texts.scatter(rows, texts.gather(rows).str.replace_all(r"\s+", " "))
     frame = texts.to_frame("text")
     counts = frame.select(e.cast(pl.Int64).alias(name) for name, e in TEXT_FEATURES.items())
     return counts.with_columns(
@@ -212,14 +225,17 @@ class CategoryEncoder:
 FEATURES = [*TEXT_FEATURES, "average_word_length", "hour_of_day", "day_of_week", "category_encoded"]
 
 
+def _constant(value: int, rows: int) -> pl.Series:
+    return pl.Series("", [value], pl.Int64).new_from_index(0, rows)
+
+
 def _when(df: pd.DataFrame | pl.DataFrame) -> tuple[pl.Series, pl.Series]:
     "Hour (0 to 23) and day of the week (Monday is 0) in UTC; -1 where there is no date."
-    none = pl.repeat(None, len(df), dtype=pl.Datetime("us"), eager=True)
-    date = none
-    if "date" in df.columns:
-        date = df["date"] if isinstance(df, pl.DataFrame) else pl.from_pandas(df["date"])
+    if "date" not in df.columns:
+        return _constant(-1, len(df)), _constant(-1, len(df))
+    date = df["date"] if isinstance(df, pl.DataFrame) else pl.from_pandas(df["date"])
     if date.null_count() == len(date):
-        date = none
+        return _constant(-1, len(df)), _constant(-1, len(df))
     if not isinstance(date.dtype, pl.Datetime):
         raise FeatureError(f"Column 'date' holds {date.dtype}, not dates. Load it with load_reviews.")
     if date.dtype.time_zone:
@@ -236,9 +252,12 @@ def create_features(
     "Add the features. A row's features depend on that row alone, never on its neighbours."
     columns = {column.name: column for column in _count(_read(df, "text"))}
     columns["hour_of_day"], columns["day_of_week"] = _when(df)
-    categories = main_category(df, business)
-    encoder = CategoryEncoder.stateless(categories) if encoder is None else encoder
-    columns["category_encoded"] = encoder.encode(categories)
+    if business is None and "categories" not in df.columns:  # nothing is known: no need to look it up
+        columns["category_encoded"] = _constant(0, len(df))
+    else:
+        categories = main_category(df, business)
+        encoder = CategoryEncoder.stateless(categories) if encoder is None else encoder
+        columns["category_encoded"] = encoder.encode(categories)
     return _add(df, {name: columns[name] for name in FEATURES})
 
 # %% ../../notebooks/1_data/15_features.ipynb #df9f944a

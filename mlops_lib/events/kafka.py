@@ -212,6 +212,7 @@ class _Connection:
         self._partitions, self._replication, self._retention = partitions, replication, retention
         quiet: dict[str, Any] = {"log_level": 2, "error_cb": self._noted, "reconnect.backoff.max.ms": 1000}
         self._conf = quiet | _address(url) | dict(conf or {})
+        self.broker = f"kafka://{','.join(sorted(self._conf['bootstrap.servers'].lower().split(',')))}"
         self._trouble: KafkaError | None = None
         self._known: dict[str, int] = {}  # topic -> its partitions
         self._lock, self._closed = threading.RLock(), False

@@ -691,6 +691,7 @@ class _Connected(Transport):
             raise BusError(f"{self.place} is no address of RabbitMQ: {str(e).replace(url, self.place)}") from None
         if "timeout" not in url:
             p.socket_timeout = p.stack_timeout = 5
+        self.broker = f"amqp://{p.host.lower()}:{p.port}/{p.virtual_host}"
         self._claims = _Claims(Path(claims or self.ledger()), f"{p.host}:{p.port}/{p.virtual_host}/{namespace}")
         self._bound: dict[str, list[str]] = {}
         self._feeds: dict[str, _Feed] = {}

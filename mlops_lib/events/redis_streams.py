@@ -106,6 +106,9 @@ class _Server:
             self._db: Any = redis.Redis.from_url(url, protocol=2, **patience)
         except ValueError:
             raise BusError(f"{mask(url)!r} is no address of a Redis. Write redis://user:password@host:6379/0.") from None
+        at = self._db.connection_pool.connection_kwargs
+        place = at.get("path") or f"{at.get('host', 'localhost').lower()}:{at.get('port', 6379)}"
+        self.broker = f"redis://{place}/{at.get('db') or 0}"
         self._scripts = {name: self._db.register_script(lua) for name, lua in _SCRIPTS.items()}
         with self._asking() as db:
             db.ping()

@@ -8,6 +8,7 @@ __all__ = ['UNROUTABLE', 'BusError', 'BusUnavailable', 'BusRefused', 'BusFull', 
            'DeadLetter', 'Inlet', 'Outlet', 'Transport']
 
 # %% ../../notebooks/4_events/44_transport.ipynb #d0583cf6
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .outbox import inherit
 from .schema import Event, parse_event
 from ..settings import settings
 
@@ -201,6 +203,8 @@ class Outlet(ABC):
 # %% ../../notebooks/4_events/44_transport.ipynb #9573a85d
 class Transport(Inlet, Outlet):
     "What a broker has to offer, so that the bus can promise the same over each of them. Threads may share it."
+    namespace = "mlops"  # begins the name of what it makes on the broker
+    broker = ""  # which one it is, without user and password: scheme://host:port/place
 
     @abstractmethod
     def dead(self, queue: str) -> list[DeadLetter]:
@@ -235,5 +239,12 @@ class Transport(Inlet, Outlet):
         "Let go of everything. What was lent and not acked is delivered again."
 
     def ledger(self) -> Path:
-        "Where the inbox and outbox of this bus are kept unless told otherwise."
-        return settings.data_dir / "events" / "ledger.db"
+        "Where the inbox and outbox of this bus are kept unless told otherwise: a file for each broker and namespace."
+        name, folder = re.sub(r"[^\w.-]", "_", self.namespace), settings.data_dir / "events"
+        if not self.broker:
+            return folder / f"ledger-{name}.db"
+        broker = re.sub(r"\b127\.0\.0\.1\b|\[?::1\]?", "localhost", self.broker)
+        mark = hashlib.blake2s(broker.encode(), digest_size=4).hexdigest()
+        mine = folder / f"ledger-{name}-{broker.partition(':')[0]}-{mark}.db"
+        inherit(folder / f"ledger-{name}.db", mine)  # before, all brokers shared one
+        return mine

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'NOT_THERE', 'METRIC', 'Answers', 'DECISIONS', 'RegistryError', 'hold_out', 'Exam', 'freeze_exam', 'load_exam',
            'mcnemar', 'paired_bootstrap', 'Version', 'find', 'champion', 'versions', 'models', 'unseen', 'sit',
-           'Comparison', 'compare', 'Gate', 'Check', 'judge', 'Decision', 'decisions', 'promote', 'rollback',
-           'set_alias']
+           'Comparison', 'compare', 'Gate', 'Check', 'judge', 'Decision', 'decisions', 'last_checks', 'promote',
+           'rollback', 'set_alias']
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #c34eadf5
 import json
@@ -179,6 +179,16 @@ class Version:
         "The fingerprints of the rows it was trained on."
         return self._file("training_rows.npy", lambda path: np.load(path, allow_pickle=False))
 
+    @cached_property
+    def answers(self) -> dict[str, np.ndarray]:
+        "Truth and predictions on the test rows of its training, labels as their number in the classes."
+        return self._file("answers.npz", lambda path: dict(np.load(path, allow_pickle=False)))
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        "Python and the libraries that it was trained with."
+        return self._file("environment.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+
     def _file(self, name: str, read: Callable[[Path], Any]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -213,10 +223,15 @@ def find(
 
 def champion(
     name: str | None = None,  # None: settings.registered_model
+    at: datetime | str | None = None,  # a moment with its time zone; None: now
     *,
     store: MlflowClient | None = None,
-) -> Version | None:  # None: there is none yet
-    "The version in service; its `.model` predicts."
+) -> Version | None:  # None: there is none yet, or was none then
+    "The version in service, now or at some moment; its `.model` predicts."
+    if at is not None:
+        store, name = store or open_store(), name or settings.registered_model
+        version = _champion_then(store, name, _moment(at))
+        return None if version is None else find(version, name, store=store)
     try:
         return find("champion", name, store=store)
     except RegistryError:
@@ -509,7 +524,7 @@ class Decision:
     exam: str = ""  # version
     data_version: str = ""  # of the training data
     run_id: str = ""  # of the training
-    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
     @property
     def outcome(self) -> str:
@@ -593,12 +608,24 @@ def decisions(
     score = lambda who: [r.data.metrics.get(safe_name(f"{who}_{metric}"), np.nan) for r in found]
     ended = {"FINISHED": None, "RUNNING": "unfinished"}
     return pd.DataFrame({
-        "at": pd.to_datetime(tag("at")), "version": number("version"), "before": number("before"),
+        "at": pd.to_datetime(tag("at"), format="ISO8601", utc=True), "version": number("version"), "before": number("before"),
         "outcome": [ended.get(r.info.status, "broken off") or r.data.tags["outcome"] for r in found],
         metric: score("challenger"), f"champion's {metric}": score("champion"), "reason": tag("reason"),
         "who": tag("who"), "exam": [t[:8] for t in tag("exam")],
         "data": [t[:8] for t in tag("data_version")], "run": tag("run_id"),
     })  # fmt: skip
+
+# %% ../../notebooks/3_registry/31_gates.ipynb #31a70006
+def last_checks(
+    version: Version,
+) -> list[Check]:  # empty if it was never put through a gate
+    "What the gate asked of a version the last time, and what it found."
+    mine = f" AND tags.version = '{version.version}' AND tags.action = 'promote'"
+    found = _decision_runs(version.store, version.name, mine)
+    try:
+        return [Check(*asked) for asked in json.loads(found[-1].data.tags["checks"])] if found else []
+    except ValueError:  # cut off: the answers were longer than a tag
+        return []
 
 # %% ../../notebooks/3_registry/31_gates.ipynb #58f6804e
 def promote(
@@ -693,3 +720,49 @@ def set_alias(
         else:
             store.set_registered_model_alias(name, alias, str(version.version))
     return find(version.version, name, store=store)
+
+# %% ../../notebooks/3_registry/31_gates.ipynb #31a70002
+def _moment(at: datetime | str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(at) if isinstance(at, str) else at
+    except ValueError:
+        raise RegistryError(f"{str(at)[:40]!r} is no time; write it like 2026-05-04T09:30+02:00.") from None
+    if moment.tzinfo is None:
+        told = f"{moment.isoformat()} has no time zone, so it means another moment in every place"
+        raise RegistryError(f"{told}; end it with Z for UTC, or with +02:00 where clocks are two hours ahead.")
+    if moment > datetime.now(UTC):
+        raise RegistryError(f"{moment.isoformat()} has not come yet; who is champion then is not decided.")
+    return moment.astimezone(UTC)
+
+
+def _account(store: MlflowClient, name: str) -> list[tuple[datetime, int | None, int | None]]:
+    "When something was decided, who was champion before it, and after it; the last entry is now."
+    number = lambda text: int(text) if text else None
+    try:
+        alias = number(store.get_registered_model(name).aliases.get("champion"))
+    except MlflowException as e:
+        if e.error_code not in NOT_THERE:
+            raise
+        known = ", ".join(models(store=store)["name"]) or "none"
+        raise RegistryError(f"There is no registered model {name!r}; there is: {known}.") from None
+    found = []
+    for run in _decision_runs(store, name):
+        tags, status = run.data.tags, run.info.status
+        version, before = number(tags["version"]), number(tags["before"])
+        done = status == "FINISHED" or (status == "RUNNING" and version == alias)  # cut off, or under way
+        after = version if done and tags["applied"] == "True" else before
+        found.append((datetime.fromisoformat(tags["at"]), before, after))
+    return [*found, (datetime.now(UTC), alias, alias)]
+
+# %% ../../notebooks/3_registry/31_gates.ipynb #31a70003
+def _champion_then(store: MlflowClient, name: str, at: datetime) -> int | None:
+    account = _account(store, name)
+    past = [entry for entry in account if entry[0] <= at]
+    after, found, _ = next((entry for entry in account if entry[0] > at), account[-1])
+    left = past[-1][2] if past else None
+    if left != found:
+        since = f"Between {past[-1][0].isoformat()} and" if past else "Before"
+        was, now = (f"version {v}" if v else "none" for v in (left, found))
+        told = f"{since} {after.isoformat()} the champion of {name!r} changed from {was} to {now}"
+        raise RegistryError(f"{told} without a decision; who it was at {at.isoformat()} is not known.")
+    return found

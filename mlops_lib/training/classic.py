@@ -6,10 +6,9 @@
 __all__ = ['BLANK', 'HIGH', 'DATE_PARTS', 'SHAPE', 'NEGATION', 'TEXT_DEFAULTS', 'BOTH', 'KINDS', 'OWN_DEFAULTS', 'NOT_FEATURES',
            'ClassicError', 'to_numbers', 'column_roles', 'mark_negation', 'text_features', 'make_features', 'Ordered',
            'best_weights', 'PriorShift', 'resample', 'Kind', 'resolve_params', 'build_pipeline', 'check_frame',
-           'FittedModel', 'fit_classic', 'inbox_features', 'grid_search', 'Clusters', 'cluster_texts']
+           'FittedModel', 'learnable', 'fit_classic', 'inbox_features', 'grid_search', 'Clusters', 'cluster_texts']
 
 # %% ../../notebooks/2_training/21_classic.ipynb #6f40d93a
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +49,7 @@ from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from ..settings import settings
+from .metrics import did_you_mean
 
 # %% ../../notebooks/2_training/21_classic.ipynb #fc603c22
 class ClassicError(ValueError):
@@ -168,11 +168,22 @@ def _embed(texts: np.ndarray) -> np.ndarray:
 def _embed_names(_: Any, names: Sequence[str]) -> list[str]:
     return [f"e{i}" for i in range(384)]
 
+
+def _parts(texts: np.ndarray) -> np.ndarray:
+    from mlops_lib.data.embedding import embed_parts
+
+    return embed_parts(list(texts))
+
+
+def _parts_names(_: Any, names: Sequence[str]) -> list[str]:
+    return [f"{part}{i}" for part in ("top", "start", "middle", "end") for i in range(768)]
+
 # %% ../../notebooks/2_training/21_classic.ipynb #16caac24
 TEXT_DEFAULTS: dict[str, Any] = {
     "words": 2,  # longest run of words that is a feature; 0: no words
     "chars": 4,  # longest run of characters within a word, from three; 0: none
     "embedding": 0.0,  # weight of the sentence embedding; 0: none
+    "parts": 0.0,  # weight of what the encoder's middle layers say of beginning, middle and end; 0: none
     "negation": True,  # mark the words that follow a negation
     "thirds": True,  # words of the beginning, the middle and the end once more, apart
     "min_df": 2,  # texts that a word must occur in
@@ -186,7 +197,7 @@ def text_features(
     rows: int,  # training rows; a handful needs rare words too
     scaler: Any,
 ) -> Pipeline:  # one column of text -> a matrix
-    "Word and character TF-IDF, the text's length and shape, and the sentence embedding."
+    "Word and character TF-IDF, the text's length and shape, and what the encoder of lesson 14 says."
     common: dict[str, Any] = {
         "min_df": params["min_df"] if rows >= 200 else 1, "max_features": params["max_features"],
         "sublinear_tf": True, "strip_accents": "unicode", "dtype": np.float32,
@@ -208,6 +219,10 @@ def text_features(
     if params["embedding"]:
         parts.append(("meaning", FunctionTransformer(_embed, feature_names_out=_embed_names)))
         weights["meaning"] = params["embedding"]
+    if params["parts"]:
+        read = FunctionTransformer(_parts, feature_names_out=_parts_names)
+        parts.append(("parts", Pipeline([("read", read), ("scale", StandardScaler())])))
+        weights["parts"] = params["parts"]
     fill = FunctionTransformer(_texts, feature_names_out="one-to-one")
     union = FeatureUnion(parts, transformer_weights=weights)
     steps: list[tuple[str, Any]] = [("fill", fill), ("union", union)]
@@ -391,7 +406,7 @@ KINDS: dict[str, Kind] = {
     "forest": Kind(_forest, BOTH, dense=True),
     "histgb": Kind(_histgb, BOTH, dense=True),
     "embedding_logistic": Kind(_logistic, defaults={"words": 0, "chars": 0, "embedding": 5.0}),
-    "hybrid": Kind(lambda task, seed: Ordered(), defaults={"embedding": 0.5}),
+    "hybrid": Kind(lambda task, seed: Ordered(), defaults={"parts": 0.025}),
     "ridge": Kind(lambda task, seed: Ridge(random_state=seed), ("regression",)),
     "forest_regressor": Kind(_forest, ("regression",), dense=True),
     "histgb_regressor": Kind(_histgb, ("regression",), dense=True),
@@ -403,11 +418,6 @@ OWN_DEFAULTS: dict[str, Any] = {
     "components": 0,  # reduce all features to this many; 0: keep all
 }
 
-# %% ../../notebooks/2_training/21_classic.ipynb #546bdf75
-def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
 # %% ../../notebooks/2_training/21_classic.ipynb #911b34d1
 def resolve_params(
     kind: str,
@@ -417,7 +427,7 @@ def resolve_params(
 ) -> tuple[dict[str, Any], Any]:  # all settings, the estimator with its own
     "Check a kind's settings: unknown kinds and unknown settings are refused."
     if kind not in KINDS:
-        raise ClassicError(f"There is no kind {kind!r}.{_hint(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+        raise ClassicError(f"There is no kind {kind!r}.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     spec = KINDS[kind]
     if task not in spec.tasks:
         able = [name for name, k in KINDS.items() if task in k.tasks]
@@ -430,7 +440,7 @@ def resolve_params(
     if unknown:
         names = [*OWN_DEFAULTS, *settable]
         raise ClassicError(
-            f"{kind!r} has no setting {unknown[0]!r}.{_hint(unknown[0], names)} It has {', '.join(names)}."
+            f"{kind!r} has no setting {unknown[0]!r}.{did_you_mean(unknown[0], names)} It has {', '.join(names)}."
         )
     if chosen["balance"] not in (None, "weights", "under", "over"):
         raise ClassicError(f"balance is 'weights', 'under', 'over' or None, got {chosen['balance']!r}.")
@@ -438,8 +448,8 @@ def resolve_params(
     if task == "classification" and "class_weight" in settable and "class_weight" not in own:
         own["class_weight"] = "balanced" if chosen["balance"] == "weights" else None
     _inner(estimator).set_params(**own)
-    if spec.positive and chosen["embedding"]:
-        raise ClassicError(f"{kind!r} needs features that are not negative; an embedding has negative ones.")
+    if spec.positive and (chosen["embedding"] or chosen["parts"]):
+        raise ClassicError(f"{kind!r} needs features that are not negative; an encoder's may be negative.")
     return {**chosen, **own, "seed": seed}, estimator
 
 # %% ../../notebooks/2_training/21_classic.ipynb #366e3d28
@@ -526,15 +536,23 @@ def _importance(pipeline: Pipeline, top: int) -> pd.Series:
     return pd.Series(values, names, name="importance").nlargest(top)
 
 # %% ../../notebooks/2_training/21_classic.ipynb #10dbb9c4
-def _check_rows(kind: str, data: pd.DataFrame, y: pd.Series, used: list[str]) -> None:
-    if len(data) == 0 or y.isna().any() or y.nunique() < 2:
-        why = "there is no row" if len(data) == 0 else f"the target is {y.iloc[0]} in every row"
-        why = "the target has missing values" if y.isna().any() else why
-        raise ClassicError(f"{kind!r} cannot be trained: {why}.")
+def learnable(
+    kind: str,
+    roles: Mapping[str, str],  # of the training rows, from `column_roles`
+    y: pd.Series,  # their target
+    error: type[ValueError] = ClassicError,  # what to raise
+    only: str | None = None,  # the role of the columns that the kind can read; None: all but `ignored`
+) -> dict[str, str]:  # column -> role
+    "The columns that a kind can learn from; errors name what stands in the way."
+    if len(y) == 0 or y.isna().any() or y.nunique() < 2:
+        why = "there is no row" if len(y) == 0 else f"the target is {y.iloc[0]} in every row"
+        why = f"the target has {missing} missing values" if (missing := int(y.isna().sum())) else why
+        raise error(f"{kind!r} cannot be trained on {len(y)} rows: {why}.")
+    used = {c: role for c, role in roles.items() if (role == only if only else role != "ignored")}
     if not used:
-        raise ClassicError(
-            f"None of the columns {list(data.columns)} can be learnt from: empty, constant or ids."
-        )
+        found = "holds texts; it learns from nothing else" if only == "text" else "can be learnt from: empty, constant or ids"
+        raise error(f"{kind!r} cannot be trained: none of the columns {list(roles)} {found}.")
+    return used
 
 
 def _fit(pipeline: Pipeline, data: pd.DataFrame, y: pd.Series) -> None:
@@ -562,14 +580,13 @@ def fit_classic(
     "Fit one kind on training rows."
     chosen, _ = resolve_params(kind, task, params, seed)
     roles = column_roles(data)
-    used = [c for c, role in roles.items() if role != "ignored"]
-    _check_rows(kind, data, y, used)
+    used = learnable(kind, roles, y)
     if task == "classification" and chosen["balance"] in ("under", "over"):
         data, y = resample(data, y, chosen["balance"], seed)
-    pipeline = build_pipeline(kind, {c: roles[c] for c in used}, len(data), task, params, seed)
-    _fit(pipeline, data[used], y)
+    pipeline = build_pipeline(kind, used, len(data), task, params, seed)
+    _fit(pipeline, data[list(used)], y)
     classes = pipeline.classes_.tolist() if task == "classification" else None
-    return FittedModel(pipeline, used, task, classes, chosen, roles)
+    return FittedModel(pipeline, list(used), task, classes, chosen, roles)
 
 # %% ../../notebooks/2_training/21_classic.ipynb #8ef1e378
 NOT_FEATURES = ("label", "stars", "useful", "funny", "cool", "review_id", "user_id", "business_id", "date")

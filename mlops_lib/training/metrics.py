@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['Task', 'TARGET_DEFAULTS', 'KNOWN', 'LOWER_IS_BETTER', 'ALIASES', 'PER_CLASS', 'AVERAGES', 'MetricError', 'confusion',
            'classification_metrics', 'Interval', 'bootstrap', 'regression_metrics', 'timeseries_metrics',
-           'ranking_metrics', 'compute_metrics', 'Custom', 'Targets', 'declare_targets', 'Split', 'split', 'Model',
-           'Fit', 'data_version', 'TrainingRecord', 'TrainingResult', 'check_target', 'train_with']
+           'ranking_metrics', 'compute_metrics', 'Custom', 'Targets', 'declare_targets', 'did_you_mean', 'unknown',
+           'Split', 'split', 'median_ms', 'row_ms', 'size_kb', 'Model', 'Fit', 'data_version', 'TrainingRecord',
+           'TrainingResult', 'check_target', 'train_with']
 
 # %% ../../notebooks/2_training/20_metrics.ipynb #51e7aee2
 import difflib
 import hashlib
+import io
 import math
 import time as clock
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
+import joblib
 import numpy as np
 import pandas as pd
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
@@ -307,6 +311,18 @@ def _check_target_value(name: str, goal: Any, any_size: bool) -> None:
     if not any_size and not -1 <= goal <= 1:
         raise MetricError(f"{name!r} never exceeds 1, so a target of {goal:g} cannot be meant; 80 % is 0.8.")
 
+# %% ../../notebooks/2_training/20_metrics.ipynb #f92d3fcb
+def did_you_mean(name: object, known: Iterable[object]) -> str:  # with a space before it; empty where none is near
+    "The known name that is nearest to one that nobody knows."
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, name: object, known: Iterable[object]) -> str:
+    "Say that a name is not known, which one is near, and which there are."
+    names = [str(k) for k in known]
+    return f"There is no {what} {name!r}.{did_you_mean(name, names)} Known: {', '.join(names)}."
+
 # %% ../../notebooks/2_training/20_metrics.ipynb #f92d3fca
 PER_CLASS = ["precision", "recall", "f1"]
 AVERAGES = ("weighted", "macro", "micro")
@@ -325,10 +341,8 @@ def _check_target_name(task: str, name: str, classes: Sequence | None) -> None:
             return
         why = f" If {suffix!r} is a class, give classes=[...]."
     known = [*KNOWN[task], *of_class] if task == "classification" else KNOWN[task]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise MetricError(
-        f"{task} has no metric {name!r}.{hint}{why} It has {', '.join(known[:20])}; "
+        f"{task} has no metric {name!r}.{did_you_mean(name, known)}{why} It has {', '.join(known[:20])}; "
         "a metric of your own is declared as Custom(function, target)."
     )
 
@@ -414,6 +428,41 @@ def _split_by_group(y: np.ndarray, groups: np.ndarray, task: str, test_size: flo
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     train, test = next(splitter.split(np.zeros(len(y)), y, groups))
     return Split(train, test, "by group")
+
+# %% ../../notebooks/2_training/20_metrics.ipynb #8879eab1
+def median_ms(
+    call: Callable[[], Any],
+    times: int = 9,
+) -> float:  # milliseconds
+    "The median duration of a call: one slow run on a busy machine does not move it."
+    call()  # the first call fills caches
+    taken = []
+    for _ in range(times):
+        start = clock.perf_counter()
+        call()
+        taken.append(clock.perf_counter() - start)
+    return 1000 * float(np.median(taken))
+
+
+def row_ms(
+    model: Any,
+    rows: Any,  # a frame or a column of one
+    times: int = 9,
+) -> float:  # milliseconds
+    "The median time for one row that comes alone, each time the next one."
+    if not len(rows):
+        raise MetricError("There is no row to ask the model for.")
+    places = cycle(range(len(rows)))
+    return median_ms(lambda: model.predict(rows.iloc[[next(places)]]), times)
+
+
+def size_kb(
+    model: Any,  # whatever joblib can write; where it has a `shipped`, that
+) -> float:
+    "The size of what has to be shipped."
+    buffer = io.BytesIO()
+    joblib.dump(getattr(model, "shipped", model), buffer)
+    return buffer.tell() / 1024
 
 # %% ../../notebooks/2_training/20_metrics.ipynb #b6a0ad77
 class Model(Protocol):
@@ -567,8 +616,7 @@ def check_target(
     if data.empty:
         raise MetricError("There is no row to train on.")
     if target not in data:
-        close = difflib.get_close_matches(target, map(str, data.columns), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(target, data.columns)
         raise MetricError(
             f"There is no column {target!r} to predict.{hint} The columns are {list(data.columns)}."
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_an_edit_invalidates_what_an_interrupted_run_had_done(tmp_path: Path) ->
     again = pipeline.run_course(pipeline.read_course(tmp_path), runs=tmp_path / "runs", resume=True)
     assert first.outcomes[0].key != again.outcomes[0].key
     assert not again.outcomes[0].kept
+
+
+def test_every_lesson_has_its_page_when_the_run_has_ended_even_if_the_run_before_died_without_it(tmp_path: Path) -> None:
+    write_lesson(tmp_path, "0_a/00_first", "1 + 1")
+    write_lesson(tmp_path, "0_a/01_second", "2 + 2")
+    first = pipeline.run_course(pipeline.read_course(tmp_path), runs=tmp_path / "runs")
+    assert {p.name for p in first.folder.glob("0*.html")} == {"00_first.html", "01_second.html"}
+    (first.folder / "00_first.html").unlink()
+    again = pipeline.run_course(pipeline.read_course(tmp_path), runs=tmp_path / "runs", resume=True)
+    assert [o.kept for o in again.outcomes] == [True, True]
+    assert {p.name for p in again.folder.glob("0*.html")} == {"00_first.html", "01_second.html"}
+    assert "1 + 1" in nbformat.reads((again.folder / "00_first.ipynb").read_text(), 4).cells[1].source
 
 
 def test_the_key_of_a_file_parameter_is_its_content(tmp_path: Path) -> None:
@@ -114,3 +127,42 @@ def test_the_report_escapes_what_a_lesson_says() -> None:
     record = pipeline.RunRecord(Path("run"), "embedded", {"reviews": "<script>"})
     record.outcomes = [pipeline.Outcome("0_a/00_x", "<b>", "failed", error="<script>", traceback="<script>")]
     assert "<script>" not in pipeline.report_html(record)
+
+
+class FakeServer:
+    "Answers kernels.connect as told: None stands for a server that is ready."
+
+    def __init__(self, *answers: str | None) -> None:
+        self.answers = list(answers)
+
+    def __call__(self, names: list[str], environ: dict[str, str]):
+        if answer := self.answers.pop(0):
+            raise pipeline.kernels.KernelServerError(answer)
+        return socket.socket()
+
+
+def test_a_run_takes_forked_kernels_as_soon_as_there_are_any_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lesson(tmp_path, "0_a/00_light", "1 + 1")
+    write_lesson(tmp_path, "0_a/01_heavy", "import mlops_lib.settings")
+    light, heavy = pipeline.read_course(tmp_path)
+    monkeypatch.setattr(pipeline.kernels, "install", lambda environ: ["numpy"])
+    monkeypatch.setattr(pipeline.kernels, "connect", FakeServer("the server is starting", "the server is importing numpy", None, None, "the server is starting"))
+    told: list[tuple[str, str]] = []
+    choose = pipeline.KernelChoice("embedded", lambda kernel, why: told.append((kernel, why)))
+    chosen = [choose(lesson) for lesson in (light, heavy, heavy, heavy, light, heavy)]
+    assert chosen == ["python3", "python3", "python3", "mlops", "mlops", "python3"]
+    assert told == [("python3", "the server is starting"), ("mlops", ""), ("python3", "the server is starting")]
+
+
+def test_a_fresh_run_and_one_without_a_place_for_the_kernel_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    lesson = pipeline.Lesson(Path("0_a/00_x.ipynb"), "x", None, frozenset({"mlops_lib.settings"}), (), "")
+    assert pipeline.KernelChoice("embedded", lambda kernel, why: told.append(why), fresh=True)(lesson) == "python3"
+
+    def refuse(environ: dict[str, str]) -> list[str]:
+        raise PermissionError(13, "read-only", "/usr/share/jupyter")
+
+    monkeypatch.setattr(pipeline.kernels, "install", refuse)
+    assert pipeline.KernelChoice("embedded", lambda kernel, why: told.append(why))(lesson) == "python3"
+    assert told[0] == "asked for"
+    assert "/usr/share/jupyter" in told[1]

@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 pytest.importorskip("onnxruntime", reason="the encoder comes with the extra `train`")
 
 from mlops_lib.data import embedding as e
-from mlops_lib.data.embedding import DIMENSIONS, EmbeddingError, Encoder, cache_folder, embed, encoder, load_network
+from mlops_lib.data.embedding import (
+    DIMENSIONS,
+    EmbeddingError,
+    Encoder,
+    cache_folder,
+    embed,
+    embed_parts,
+    embed_tokens,
+    encoder,
+    load_network,
+    read_parts,
+)
 
 SENTENCES = [
     "The parcel is late again.", "My money came back within a day!", "ok", "Cannot sign in :(", "THE SOUP WAS COLD",
@@ -200,20 +211,62 @@ def test_an_export_that_fails_is_an_error_with_its_reason(tmp_path: Path, monkey
         load_network(tmp_path)
 
 
-def test_a_network_that_differs_from_the_original_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outputs", [{"vectors": -1, "states": 1}, {"vectors": 1, "states": -1}])
+def test_a_network_that_differs_from_the_original_is_not_used(
+    outputs: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "The rounded ones are refused first, then float32; what is exported here is right, what it is compared with is not."
     network, _ = load_network(cache_folder())
     tried = []
 
-    def fake_export(file: Path) -> np.ndarray:
+    def fake_export(file: Path) -> list[list[np.ndarray]]:
         file.write_bytes(network)
-        return -embed(e.PROBES)
+        own = encoder()
+        coded = [own.tokenizer.encode(text).ids for text in e.PROBES]
+        return [[wrong * e._run(own.session, ids, what) for what, wrong in outputs.items()] for ids in coded]
 
     monkeypatch.setattr(e, "_export_float", fake_export)
     monkeypatch.setattr(e, "_round", lambda full, target, precision: (tried.append(precision), shutil.copy(full, target)))
     with pytest.raises(EmbeddingError, match="mean cosine -1.0000"):
         e.export_model(tmp_path)
     assert tried == ["int8", "int8, 7 bits", "float32"]
+
+
+@given(st.integers(3, 40))
+def test_parts_are_the_largest_and_the_means_of_the_thirds(tokens: int) -> None:
+    states = np.random.default_rng(tokens).normal(size=(tokens, 3)).astype(np.float32)
+    words = states[1:-1]
+    top, *thirds = np.split(read_parts(states), 4)
+    assert np.array_equal(top, words.max(axis=0))
+    if len(words) % 3 == 0:
+        assert np.allclose(np.mean(thirds, axis=0), words.mean(axis=0), atol=1e-5)
+    assert all((words.min(axis=0) - 1e-6 <= third).all() and (third <= top + 1e-6).all() for third in thirds)
+
+
+def test_parts_tell_where_something_stands_and_do_not_depend_on_neighbours() -> None:
+    first, last = "Great service. The soup was cold.", "The soup was cold. Great service."
+    found = embed_parts([first, last, None, "", "ok"])
+    assert found.shape == (5, 4 * len(e.LAYERS) * DIMENSIONS)
+    assert not found[2:4].any()
+    assert found[4].any()
+    assert np.array_equal(embed_parts([last])[0], found[1])
+    assert e._cosine(embed([first])[0], embed([last])[0]) > 0.95, "the vector hardly sees the order"
+    parts = [np.split(row, 4) for row in found[:2]]
+    assert max(e._cosine(*pair) for pair in list(zip(*parts, strict=True))[1:]) < 0.9, "each third does"
+
+
+
+def test_tokens_know_their_word_and_do_not_depend_on_neighbours() -> None:
+    text = "Zażółć the PostgreSQL index; it won't work!"
+    first, blank, missing, last = embed_tokens([text, " ", None, "ok"])
+    assert blank.words == missing.words == []
+    assert blank.states.shape == (0, len(e.LAYERS) * DIMENSIONS)
+    assert {"zażółć", "the", "postgresql", "index", ";", "won", "!"} <= set(first.words)
+    assert len(first.words) == len(first.states) > len(set(first.words)), "a rare word is several tokens"
+    assert np.allclose(np.linalg.norm(first.states, axis=1), 1, atol=1e-5)
+    assert np.array_equal(embed_tokens([text])[0].states, first.states)
+    assert len(embed_tokens(["word " * 1_000])[0].words) == e.MAX_TOKENS - 2
+    assert last.words == ["ok"]
 
 
 def test_a_real_export_into_an_empty_cache(tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
 """The feature store: what was known at a moment is the same in training, in serving and in plain Python."""
 
 import atexit
+import contextlib
 import functools
 import importlib.util
-import os
-import shutil
-import socket
-import subprocess
 import tempfile
 import threading
 from dataclasses import replace
@@ -18,6 +15,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import not_run, private
 
 from mlops_lib.data import store as s
 from mlops_lib.data.store import Feature, FeatureStore, FeatureView, RedisOnline, SQLiteOnline, StoreError
@@ -100,38 +98,16 @@ def forget(redis: RedisOnline) -> None:
 def redis_or_skip() -> RedisOnline:
     if importlib.util.find_spec("redis") is None:
         not_run("Redis not tested: the package `redis` is not installed")
-    return RedisOnline(f"redis://127.0.0.1:{redis_port()}/15")
+    return RedisOnline(redis_url())
 
 
 @functools.cache
-def redis_port() -> int:
-    "The port of a server that answers already, or of one started here in a folder of its own."
-    if answers(6379):
-        return 6379
-    if not shutil.which("redis-server"):
-        not_run("Redis not tested: no server answers at 127.0.0.1:6379 and redis-server is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tempfile.mkdtemp()
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    atexit.register(server.terminate)
-    while not answers(port):
-        assert server.poll() is None, "redis-server ended at once"
-    return port
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def not_run(reason: str) -> None:
-    (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") else pytest.skip)(reason)
+def redis_url() -> str:
+    "A server for all tests here."
+    ending = contextlib.ExitStack()
+    atexit.register(ending.close)
+    folder = ending.enter_context(tempfile.TemporaryDirectory())
+    return ending.enter_context(private("redis", Path(folder))).url
 
 
 @given(st.lists(event, max_size=25), hours)

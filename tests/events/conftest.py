@@ -1,28 +1,19 @@
 """A bus over each transport, on a namespace of its own that is gone after the test."""
 
 import contextlib
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import private
 
 from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.schema import DataIngested, Event
-from mlops_lib.servers import SERVICES, Server, find_program, server
+from mlops_lib.servers import Server
 
 SCHEMES = ["memory", "sqlite", "redis", "amqp", "kafka"]
-
-
-def private(name: str, folder: Path, url: str | None = None) -> contextlib.AbstractContextManager[Server]:
-    "A server of our own; without its program the test is skipped, or fails where MLOPS_REQUIRE_STACK=1."
-    service = SERVICES[name]
-    if not find_program(service.program):
-        why = f"{name} not tested: {service.program} is not installed ({service.install})"
-        (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") == "1" else pytest.skip)(why)
-    return server(name, folder, url)
 
 
 @pytest.fixture(scope="session")

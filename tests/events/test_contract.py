@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from conftest import an_event
 
-from mlops_lib.events.bus import Bus
+from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.schema import DataIngested, DriftDetected, EventError, ModelDeployed, ModelRegistered
 from mlops_lib.events.transport import UNROUTABLE, BusError, ConsumerExists, Message, PublishError, Reject, Unroutable
 
@@ -461,3 +461,18 @@ def test_many_threads_publish(bus: Bus) -> None:
         t.join()
     bus.drain()
     assert sorted(got) == sorted(100 * k + i for k in range(6) for i in range(25))
+
+
+def test_what_is_handled_at_one_broker_is_new_to_the_next(address, tmp_path, request) -> None:
+    url, options = address
+    other = {"memory": f"{url}x", "sqlite": f"sqlite:///{tmp_path}/other.db", "redis": f"{url.rstrip('0')}1"}
+    name = options.get("namespace", "mlops")
+    elsewhere = other.get(url.partition(":")[0]) or request.getfixturevalue("redis_server").url  # the namespace is the same
+    with connect(url, **options) as here, connect(elsewhere, **({"namespace": name} if "redis" in elsewhere else {})) as there:
+        event, got = an_event(1), []
+        for n, bus in enumerate((here, there)):
+            bus.subscribe("q", "data.*", lambda e, n=n: got.append((n, e.event_id)))
+            bus.publish_many([event, event])
+            bus.drain()
+        assert got == [(0, event.event_id), (1, event.event_id)], "once at each, not once in all"
+        assert here.ledger.path != there.ledger.path

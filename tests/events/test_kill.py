@@ -1,6 +1,6 @@
 """kill -9, at random moments, of broker, publisher and consumer: no confirmed event is lost, no effect happens twice.
 
-MLOPS_KILL_ROUNDS=20 for the long run. A broker is one more line in BROKERS.
+A broker is one more line in BROKERS.
 """
 
 import contextlib
@@ -12,17 +12,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import private, short, until
 
 from mlops_lib.events.bus import connect
 from mlops_lib.events.schema import DataIngested
 from mlops_lib.events.transport import PublishError
-from mlops_lib.servers import SERVICES, Server, find_program
+from mlops_lib.servers import Server
 
-ROUNDS = int(os.environ.get("MLOPS_KILL_ROUNDS", "3"))
+ROUNDS = short(1, 20)
 BROKERS: dict[str, tuple[str | None, dict]] = {  # name -> the server that it needs, options of its transport
     "sqlite": (None, {"lease": 2.0}),
     "rabbitmq": ("rabbitmq", {"namespace": "kill"}),
@@ -90,21 +91,13 @@ class Part:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=paths)
 
     def kill(self) -> None:
         assert self.process.poll() is None, f"ended by itself:\n{self.log.read_text()[-3_000:]}"
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(20)
-
-
-def until(condition: Callable[[], bool], what: str, *logs: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            told = "\n".join(f"{log.name}: {log.read_text()[-2_000:]}" for log in logs if log.exists())
-            pytest.fail(f"Not within {seconds:g} s: {what}\n{told}")
-        time.sleep(0.02)
 
 
 def confirmed(folder: Path) -> list[str]:
@@ -124,14 +117,8 @@ def running(name: str, folder: Path) -> Iterator[tuple[Server | None, str]]:
     if needs is None:
         yield None, f"sqlite:///{folder}/ledger.db"
         return
-    if not find_program(SERVICES[needs].program):
-        why = f"{needs} not tested: {SERVICES[needs].program} is not installed ({SERVICES[needs].install})"
-        (pytest.fail if os.environ.get("MLOPS_REQUIRE_STACK") == "1" else pytest.skip)(why)
-    one = Server(needs, folder / "server")
-    try:
-        yield one, one.start().url
-    finally:
-        one.stop()
+    with private(needs, folder / "server") as one:
+        yield one, one.url
 
 
 @pytest.mark.parametrize(("name", "victim"), CASES)

@@ -19,7 +19,7 @@ from small_disk import small_disk
 
 from mlops_lib.events import outbox
 from mlops_lib.events.bus import Bus, connect
-from mlops_lib.events.outbox import Ledger, LedgerError, LedgerFull, Transaction
+from mlops_lib.events.outbox import Ledger, LedgerError, LedgerFull, Transaction, inherit
 from mlops_lib.events.schema import DriftDetected, Event, EventError
 from mlops_lib.events.sqlite import SqliteTransport
 from mlops_lib.events.transport import BusUnavailable, Message
@@ -521,3 +521,60 @@ def test_a_full_disk(tmp_path: Path) -> None:
         add()
         assert both() == (done, done)
         ledger.close()
+
+
+# ---- a ledger that begins with what another one holds
+
+
+def test_of_many_heirs_at_once_one_gets_what_waits_and_each_gets_the_notes(tmp_path: Path) -> None:
+    old = Ledger(tmp_path / "old.db")
+    with old.transaction() as tx:
+        for n in range(20):
+            tx.publish(an_event(n))
+    old.record("q", ["before"])
+    paths = [tmp_path / f"{n % 4}.db" for n in range(12)]  # three of each
+    start = threading.Barrier(len(paths))
+
+    def heir(path: Path) -> None:
+        start.wait()
+        inherit(old.path, path)
+
+    threads = [threading.Thread(target=heir, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    heirs = [Ledger(path) for path in sorted(set(paths))]
+    assert sorted(one.outbox_size() for one in (old, *heirs)) == [0, 0, 0, 0, 20]
+    assert all(one.seen("q", ["before"]) for one in heirs)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")], "no part is left behind"
+    for one in (old, *heirs):
+        one.close()
+
+
+def test_an_heir_that_is_killed_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = Ledger(tmp_path / "old.db"), tmp_path / "new.db"
+    with old.transaction() as tx:
+        tx.publish(an_event(1))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            inherit(old.path, new)
+    assert old.outbox_size() == 1 and [path.name for path in tmp_path.iterdir() if "new" in path.name] == []
+    inherit(old.path, new)
+    inherit(old.path, new)
+    assert old.outbox_size() == 0 and Ledger(new).outbox_size() == 1
+    old.close()
+
+
+def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
+    (tmp_path / "old.db").write_bytes(b"no database at all" * 99)
+    with pytest.raises(LedgerError, match=r"old.db: file is not a database"):
+        inherit(tmp_path / "old.db", tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()
+    inherit(tmp_path / "missing.db", tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists(), "nothing to begin with"

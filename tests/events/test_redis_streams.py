@@ -559,3 +559,14 @@ def test_an_id_survives_a_crash_of_the_server(own: Server) -> None:
             until(lambda: db.pttl("mlops:consumer:trainer") > 900)
         with pytest.raises(ConsumerExists):
             second.claim("trainer")
+
+
+def test_two_namespaces_share_no_inbox(redis_server) -> None:
+    heard: list[tuple[str, str]] = []
+    event = an_event()
+    for namespace in (f"n{uuid.uuid4().hex[:8]}", f"n{uuid.uuid4().hex[:8]}"):
+        with connect(redis_server.url, namespace=namespace) as bus:
+            bus.subscribe("q", "#", lambda e, namespace=namespace: heard.append((namespace, e.event_id)))
+            bus.publish(event)
+            bus.drain(30)
+    assert len(set(heard)) == 2, "an event that was handled in one namespace is new in another"

@@ -28,7 +28,8 @@ from mlops_lib.events.schema import (
 from mlops_lib.logs import correlation
 
 KINDS = {name: kind for name, kind in Event.types.items() if kind.__module__ == s.__name__}
-TYPES = ["data.ingested", "data.validated", "training.requested", "training.started", "training.completed", "training.failed", "model.validated", "model.registered", "model.deployed", "prediction.requested", "prediction.completed", "drift.detected", "document.ingested", "document.classified", "document.indexed"]
+TYPES = ["data.ingested", "data.validated", "training.requested", "training.started", "training.completed", "training.failed", "model.validated", "model.registered", "model.deployed", "prediction.requested", "prediction.completed", "drift.detected", "document.ingested", "document.classified", "document.indexed",
+         "experiment.exposed", "experiment.outcome", "experiment.measured", "experiment.started", "experiment.stepped", "experiment.alarmed", "experiment.decided"]
 
 # ---- an event of any type, made from the fields of its class
 
@@ -42,6 +43,7 @@ json_values = st.recursive(
 )
 counts, seconds, shares = st.integers(0, 10**12), st.floats(0, allow_infinity=False), st.floats(0, 1)
 LEAVES = [(s.Name, names), (s.Count, counts), (s.Share, shares), (s.Seconds, seconds), (s.Number, st.floats()),
+          (s.Moment, st.floats(0, 1e11)), (s.Finite, numbers), (s.ArmLoad, st.builds(s.ArmLoad, requests=counts, times=st.lists(counts, max_size=3)).map(lambda load: load.model_dump())),
           (JsonValue, json_values), (str, text), (bool, st.booleans()), (type(None), st.none())]  # fmt: skip
 
 
@@ -56,6 +58,8 @@ def values(annotation: Any) -> st.SearchStrategy:
         return st.one_of(*map(values, args))
     if kind is list:
         return st.lists(values(args[0]), max_size=3)
+    if kind is tuple:
+        return st.tuples(*map(values, args))
     if kind is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
     raise AssertionError(f"no strategy for {annotation}")

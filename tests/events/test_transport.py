@@ -1,8 +1,10 @@
 "Routing rules against a brute force and against RabbitMQ itself; names and patterns from a fuzzer."
 
 import random
+import re
+import uuid
 from itertools import product
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ from conftest import an_event
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlops_lib.events.bus import connect
+from mlops_lib.events.outbox import Ledger
 from mlops_lib.events.schema import EventError
 from mlops_lib.events.transport import BusError, DeadLetter, PublishError, check_name, check_pattern, matches
 from mlops_lib.servers import Server
+from mlops_lib.settings import settings
 
 WORDS = st.sampled_from(["a", "b", "c-1", "d_2"])
 KEYS = st.lists(WORDS, min_size=1, max_size=6).map(".".join)
@@ -162,3 +167,44 @@ def test_a_dead_letter_may_hold_any_bytes() -> None:
     assert DeadLetter(*facts, event.to_json(), *why).event == event
     with pytest.raises(EventError):
         _ = DeadLetter(*facts, b"\xff", *why).event
+
+
+# ---- the ledger
+
+
+def ledger_of(url: str, **options: Any) -> Path:
+    with connect(url, **options) as bus:
+        assert not re.search(r"guest|@|\?", bus.transport.broker), "no user, password or option"
+        return bus.ledger.path
+
+
+def test_a_brokers_ledger_is_named_by_its_address_however_it_is_written(redis_server: Server, rabbitmq_server: Server) -> None:
+    redis = redis_server.url.removesuffix("/0")
+    first = ledger_of(redis, namespace="one")
+    for same in (f"{redis}/0", f"{redis}?socket_timeout=3", redis.replace("127.0.0.1", "localhost")):
+        assert ledger_of(same, namespace="one") == first
+    rabbit = ledger_of(rabbitmq_server.url, namespace="one")
+    assert ledger_of(rabbitmq_server.url.rstrip("/") + "/%2F", namespace="one") == rabbit
+    others = {ledger_of(f"{redis}/1", namespace="one"), ledger_of(redis, namespace="two"), rabbit}
+    assert len(others | {first}) == 4
+
+
+def test_what_an_older_ledger_holds_is_published_once_and_its_notes_are_kept(redis_server: Server) -> None:
+    space = f"old{uuid.uuid4().hex[:8]}"
+    old = Ledger(settings.data_dir / "events" / f"ledger-{space}.db")
+    waits, handled, got = an_event(1), an_event(2), []
+    with old.transaction() as tx:
+        tx.publish(waits)
+        tx.execute("create table claim(what text)")  # and what else a bus or its user keeps there
+        tx.execute("insert into claim values ('an hour of work')")
+    old.record("q", [handled.event_id])
+    for number in (0, 1):
+        with connect(f"{redis_server.url.removesuffix('/0')}/{number}", namespace=space) as bus:
+            bus.subscribe("q", "data.*", lambda e, n=number: got.append((n, e)))
+            bus.publish(handled)
+            bus.drain()
+            with bus.ledger.transaction() as tx:
+                assert tx.execute("select what from claim").fetchone() == ("an hour of work",)
+    assert got == [(0, waits)], "sent by the first that came; what was handled is not handled again"
+    assert old.outbox_size() == 0
+    old.close()

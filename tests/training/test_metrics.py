@@ -1,5 +1,7 @@
 """Metrics agree with scikit-learn, splits do not leak, targets cannot be bent."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from mlops_lib.training import metrics
 from mlops_lib.training.metrics import (
     TARGET_DEFAULTS,
     Custom,
@@ -319,3 +322,44 @@ def test_training_refuses_a_target_of_a_class_that_is_not_there(table, early):
     targets = declare_targets("classification", targets) if early else targets
     with pytest.raises(MetricError, match="recall_nutral"):
         train_with(never, "any", table, "y", features=["x"], targets=targets)
+
+
+# --- what an answer costs
+
+
+class Counting:
+    "Answers nothing, and notes the rows that it is asked for."
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def predict(self, rows: pd.DataFrame) -> None:
+        self.asked.append(rows.index.tolist())
+
+
+def test_rows_are_asked_for_alone_each_time_the_next_one():
+    model = Counting()
+    assert metrics.row_ms(model, pd.DataFrame({"a": [1, 2, 3]}), times=4) >= 0
+    assert model.asked == [[0], [1], [2], [0], [1]], "the first call fills caches and does not count"
+    with pytest.raises(MetricError, match="no row"):
+        metrics.row_ms(model, pd.DataFrame({"a": []}))
+
+
+def test_the_median_ignores_the_first_and_a_slow_call(monkeypatch):
+    ticks = iter([0, 1, 10, 12, 20, 23, 30, 130, 200, 204])  # seconds: calls of 1, 2, 3, 100 and 4
+    monkeypatch.setattr(metrics, "clock", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert metrics.median_ms(lambda: None, times=5) == 3_000
+
+
+def test_the_size_is_that_of_what_is_shipped():
+    whole = SimpleNamespace(weights=b"x" * 50_000)
+    assert 48 < metrics.size_kb(whole) < 52
+    assert metrics.size_kb(SimpleNamespace(weights=b"x" * 50_000, shipped=b"x" * 2_000)) == metrics.size_kb(b"x" * 2_000) < 3
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all():
+    assert metrics.unknown("kind", "logistc", ["logistic", "svm"]) == (
+        "There is no kind 'logistc'. Did you mean 'logistic'? Known: logistic, svm."
+    )
+    assert metrics.unknown("column", 7, ["a", 70]) == "There is no column 7. Did you mean '70'? Known: a, 70."
+    assert metrics.did_you_mean("zzz", ["logistic"]) == ""

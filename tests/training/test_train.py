@@ -213,7 +213,7 @@ def test_cross_validation_takes_the_same_data(inbox, cells):
 
 def test_repeated_splits_are_what_train_reaches_with_each_seed(inbox, cells):
     for data, params in ((inbox, {"chars": 0}), (cells, QUICK)):
-        table = repeat_splits("logistic", data, params=params, seeds=(7, 8))
+        table = repeat_splits("logistic", data, params=params, seeds=(7, 8)).folds
         assert table.index.tolist() == [7, 8]
         for seed in (7, 8):
             assert table.loc[seed].to_dict() == train("logistic", data, params=params, seed=seed).metrics
@@ -228,13 +228,13 @@ def test_repeated_splits_keep_groups_apart(monkeypatch):
         return find_fit("logistic")("logistic", rows, y, **how)
 
     monkeypatch.setitem(KINDS, "spy", fit_spy)
-    assert len(repeat_splits("spy", data, "y", params=QUICK, group="who", seeds=(1, 2))) == 2
+    assert len(repeat_splits("spy", data, "y", params=QUICK, group="who", seeds=(1, 2)).folds) == 2
     assert all(not train & test and columns == ["a"] for train, test, columns in seen)
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": ()}, {"seeds": (1, 2, 1)}, {"task": "timeseries"}, {"kind": "logistik"}])
 def test_repeated_splits_that_make_no_sense_are_refused(cells, wrong):
-    with pytest.raises(TrainError, match=r"seed|Every|time=|logistic"):
+    with pytest.raises(ValueError, match=r"Every seed|time|logistic"):
         repeat_splits(**({"kind": "logistic", "data": cells} | wrong))
 
 

@@ -234,6 +234,9 @@ def run(
     outcomes = [asdict(o) for o in record.outcomes]
     result = {"folder": str(record.folder), "lessons": outcomes, "green": not record.failed}
     show(result, as_json, lambda: f"{_summary(record)}\nReport: {report}")
+    for o in (o for o in record.failed if o.traceback):  # last, where a log that is cut still shows it
+        lines = [line[:200] for line in o.traceback.splitlines() if line.strip()]
+        click.echo("\n".join([f"\n{o.name} failed in {o.error[:300]}", *lines[-12:]]), err=True)
     if record.failed:
         raise SystemExit(1)
 

@@ -77,6 +77,7 @@ def test_a_failing_lesson_is_exit_code_1_and_shows_its_cell(tmp_path: Path, monk
     assert result.exit_code == 1
     assert "NameError" in result.output
     assert "price['pear']" in result.output
+    assert "NameError" in result.output[result.output.index("Report:") :], "said once more at the end, where a log that is cut still has it"
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,15 @@ test-all: export MLOPS_LONG = 1
 test-all: $(READY) lint  ## the same, with the long tests at full length
 	mlops test
 
-lab: $(READY)  ## JupyterLab on the first lesson
+lab: $(READY)  ## JupyterLab on the map of the course
 	mlops lab
 
-export: $(READY)  ## notebooks cleaned, mlops_lib/ and exercises/ made from them
+export: $(READY)  ## notebooks cleaned, mlops_lib/ and exercises/ made from them, and the map
 	nbdev-clean
 	nbdev-clean --fname solutions
 	nbdev-export
 	mlops exercises release
+	mlops index
 
 exercises: $(READY)
 	mlops exercises release

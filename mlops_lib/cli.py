@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORESEEN', 'FILE', 'json_option', 'profile_option', 'SERVER', 'fail', 'Command', 'Group', 'show', 'Main',
-           'every_command', 'cli', 'parse_value', 'run', 'test', 'lab', 'exercises', 'exercises_release',
-           'exercises_check', 'stack', 'stack_up', 'stack_down', 'stack_status', 'stack_logs']
+           'every_command', 'cli', 'parse_value', 'run', 'test', 'lab', 'index', 'doctor', 'exercises',
+           'exercises_release', 'exercises_check', 'exercises_mutate', 'stack', 'stack_up', 'stack_down',
+           'stack_status', 'stack_logs']
 
 # %% ../notebooks/9_course/95_cli.ipynb #1decb2e7
 import json
@@ -67,7 +68,7 @@ class Main(Group):
     elsewhere = {
         "data": "cli_models", "train": "cli_models", "registry": "cli_models",
         "events": "cli_services", "worker": "cli_services", "serve": "cli_services",
-        "score": "cli_services", "ab": "cli_services", "rag": "cli_rag", "drift": "cli_monitoring",
+        "score": "cli_services", "ab": "cli_services", "rag": "cli_rag", "drift": "cli_monitoring", "exporter": "cli_monitoring",
         "grade": "cli_grade",
     }  # fmt: skip
 
@@ -98,11 +99,13 @@ def every_command(
 )
 @click.option("--verbose", "-v", is_flag=True, help="Show the library's log lines.")
 @click.version_option(package_name="mlops_lib")
-def cli(verbose: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool) -> None:
     "Run the course, its servers, data, training and registry. Exit codes: 0 done, 1 failed, 2 asked wrongly."
-    from mlops_lib.logs import setup_logging
+    if ctx.invoked_subcommand != "doctor":  # it has to work where packages are missing
+        from mlops_lib.logs import setup_logging
 
-    setup_logging("INFO" if verbose else "WARNING")
+        setup_logging("INFO" if verbose else "WARNING")
 
 # %% ../notebooks/9_course/95_cli.ipynb #65989969
 def _watcher(quiet: bool) -> Any:
@@ -255,9 +258,13 @@ def test(ctx: click.Context, pytest_args: tuple[str, ...]) -> None:
     raise SystemExit(subprocess.run([sys.executable, "-m", "pytest", *spread, *pytest_args]).returncode)
 
 
-@cli.command(example="mlops lab")
-def lab() -> None:
-    "Open JupyterLab on the first lesson; its kernels are forks that have the heavy libraries imported."
+_QUIET = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # it asks the network for news
+
+
+@cli.command(example="mlops lab --port 9000", context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def lab(options: tuple[str, ...]) -> None:
+    "Open JupyterLab on the map of the course, with forked kernels; takes JupyterLab's options."
     import os
 
     from mlops_lib.course import kernels, pipeline
@@ -266,14 +273,42 @@ def lab() -> None:
     folder = settings.data_dir / "jupyter"
     with suppress(kernels.KernelServerError, OSError):  # where there is no fork, notebooks get plain kernels
         names = kernels.install(pipeline.ENVIRONMENT, folder=folder, name="python3")
-        places = [str(folder), *filter(None, [os.environ.get("JUPYTER_PATH")])]
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(places)
+        page = folder / "config" / "labconfig" / "page_config.json"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(_QUIET))
+        for variable, place in (("JUPYTER_PATH", folder), ("JUPYTER_CONFIG_PATH", folder / "config")):
+            os.environ[variable] = os.pathsep.join([str(place), *filter(None, [os.environ.get(variable)])])
         kernels.connect(names, os.environ | pipeline.ENVIRONMENT).close()
-    first = "notebooks/0_start/00_settings.ipynb"
-    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", first]
+    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", "notebooks/index.ipynb"]
     if os.geteuid() == 0:  # as in a container; it listens on this machine alone, and asks for its token
         command.append("--allow-root")
-    os.execvp(sys.executable, command)
+    os.execvp(sys.executable, [*command, *options])
+
+
+@cli.command(example="mlops index")
+def index() -> None:
+    "Write the map of the course, notebooks/index.ipynb, from what the lessons say."
+    from mlops_lib.course.doctor import write_index
+    from mlops_lib.settings import find_root
+
+    click.echo(write_index(find_root()))
+
+# %% ../notebooks/9_course/95_cli.ipynb #95c0d021
+@cli.command(example="mlops doctor --json")
+@profile_option
+@click.option("--limit", type=click.FloatRange(1), default=20, show_default=True, help="Seconds that one check may take.")
+@json_option
+def doctor(profile: str | None, limit: float, as_json: bool) -> None:
+    "Look at this machine; for each thing that is wrong, the one command that mends it."
+    from dataclasses import asdict
+
+    from mlops_lib.course.doctor import examine, here
+
+    report = examine(here(profile=profile, limit=limit))
+    result = {"well": report.well, "findings": [asdict(f) for f in report.findings]}
+    show(result, as_json, lambda: str(report))
+    if not report.well:
+        raise SystemExit(1)
 
 # %% ../notebooks/9_course/95_cli.ipynb #3c58a6db
 @cli.group(cls=Group)
@@ -309,6 +344,43 @@ def exercises_check(paths: tuple[Path, ...] = ()) -> None:
             click.echo(f"    {problem}")
     if broken:
         fail(f"{broken} exercises are broken")
+
+# %% ../notebooks/9_course/95_cli.ipynb #1f08e539
+def _mutation_text(r: Any) -> str:
+    lines = [f"{r.exercise:<28} {r.caught}/{r.mutants} caught ({r.rate:.1%}), {r.equivalent} equivalent, {r.seconds:.0f} s"]
+    for m in r.survivors:
+        lines += [f"  {m.cell}, line {m.line}, {m.kind}", f"    - {m.before}", f"    + {m.after}"]
+    return "\n".join(lines)
+
+
+@exercises.command("mutate", example="mlops exercises mutate solutions/0_start/00_settings.ipynb")
+@click.argument("paths", nargs=-1, type=FILE)
+@click.option("--most", type=click.IntRange(1), default=40, show_default=True, help="Mutants of one exercise.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which, where there are more.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Mutants tried at a time.")
+@click.option("--fresh", is_flag=True, help="Also what was caught before.")
+@json_option
+def exercises_mutate(paths: tuple[Path, ...], most: int, seed: int, workers: int, fresh: bool, as_json: bool) -> None:
+    "Break the solutions in small ways: hidden tests have to catch 95 % of them."
+    from mlops_lib.course import mutation
+    from mlops_lib.course.exercises import solutions as find_solutions
+    from mlops_lib.course.grading import GradingError
+    from mlops_lib.course.sandbox import SandboxError
+    from mlops_lib.settings import settings
+
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database, done = None if fresh else settings.data_dir / "mutation.db", []
+    try:
+        for path in list(paths) or find_solutions(settings.root):
+            done.append(mutation.mutate(path, settings.root, most, seed, workers, database))
+            if not as_json:
+                click.echo(_mutation_text(done[-1]))
+    except (GradingError, SandboxError) as e:
+        fail(e)
+    if as_json:
+        click.echo(json.dumps([r.to_json() for r in done], indent=1))
+    if weak := [r.exercise for r in done if r.rate < mutation.ENOUGH]:
+        fail(f"less than {mutation.ENOUGH:.0%} were caught in {', '.join(weak)}")
 
 # %% ../notebooks/9_course/95_cli.ipynb #dc6a9095
 @cli.group(cls=Group)

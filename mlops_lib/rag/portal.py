@@ -55,11 +55,11 @@ from mlops_lib.serving.api import (
     ApiError,
     Direct,
     Told,
-    _document,
-    _listen,
-    _uvicorn,
     add_route,
+    listen,
+    openapi_of,
     read_request,
+    server_config,
     to_json,
     translated,
 )
@@ -544,7 +544,7 @@ def create_portal(
     app = PortalApp(**about, redirect_slashes=False, telemetry={"metrics": False, "logs": False})
     app.door = {"limits": limits, "keys": keys, "telemetry": numbers, "hosts": [name.lower() for name in hosts]}
     _routes(app, Shelf(library, limits, numbers))
-    app.openapi = _document(app, bool(keys))  # type: ignore[method-assign]
+    app.openapi = openapi_of(app, bool(keys))  # type: ignore[method-assign]
     return app
 
 # %% ../../notebooks/6_rag/67_portal.ipynb #c6700057
@@ -561,7 +561,7 @@ def serve_portal(
     grace: float = 10.0,  # seconds for what is being answered at the end
 ) -> None:
     "Be the document platform: run until SIGTERM or Ctrl-C, then answer what was asked and end."
-    with _listen(host, port) as listening, platform(folder, bus) as library:
+    with listen(host, port) as listening, platform(folder, bus) as library:
         app = create_portal(library, api_key=api_key, hosts=LOCAL if host in LOCAL else ())
         if not app.door["keys"] and host not in LOCAL:
             log.warning("no key is set: whoever reaches this address may read, add and delete documents", extra={"host": host})
@@ -570,5 +570,5 @@ def serve_portal(
         log.info("at work", extra={"address": address})
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # uvicorn ends in order, raises the signal again, and we are done
-        uvicorn.Server(_uvicorn(app, timeout_graceful_shutdown=int(grace))).run([listening])
+        uvicorn.Server(server_config(app, timeout_graceful_shutdown=int(grace))).run([listening])
     log.info("stopped", extra={"address": address})

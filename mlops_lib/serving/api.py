@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Scalar', 'M', 'PredictRequest', 'BatchRequest', 'FeedbackRequest', 'Prediction', 'PredictAnswer',
            'BatchAnswer', 'Problem', 'Told', 'read_request', 'ApiError', 'translated', 'BusWatch', 'Direct',
-           'add_route', 'Service', 'to_json', 'wanted', 'describe', 'Foreign', 'Api', 'create_app', 'background',
-           'settle', 'worker_app', 'serve']
+           'add_route', 'Service', 'to_json', 'wanted', 'describe', 'Foreign', 'Api', 'create_app', 'openapi_of',
+           'server_config', 'listen', 'background', 'settle', 'worker_app', 'serve']
 
 # %% ../../notebooks/5_serving/52_api.ipynb #52000004
 import asyncio
@@ -616,7 +616,7 @@ def create_app(
     app = Api(lifespan=alive, **about)
     app.state.service, app.door, app.cors = service, {"limits": limits, "keys": keys, "telemetry": service.telemetry}, list(cors_origins)
     _routes(app, service)
-    app.openapi = _document(app, bool(keys))  # type: ignore[method-assign]
+    app.openapi = openapi_of(app, bool(keys))  # type: ignore[method-assign]
     return app
 
 
@@ -650,8 +650,11 @@ def _end(service: Service, mine: bool) -> None:
         service.predictor.close()
 
 
-def _document(app: Api, locked: bool) -> Callable[[], dict[str, Any]]:
-    "FastAPI's document, with the shape of refusals and the key that is asked for."
+def openapi_of(
+    app: Api,
+    locked: bool,  # whether a key is wanted
+) -> Callable[[], dict[str, Any]]:  # the app's OpenAPI document, made once
+    "The document at /docs: with what a key opens, and without what FastAPI adds and these routes never say."
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -676,13 +679,21 @@ def _document(app: Api, locked: bool) -> Callable[[], dict[str, Any]]:
     return openapi
 
 # %% ../../notebooks/5_serving/52_api.ipynb #52000040
-def _uvicorn(app: Any, **more: Any) -> uvicorn.Config:
+def server_config(
+    app: Any,
+    **more: Any,  # uvicorn's options
+) -> uvicorn.Config:
+    "How uvicorn runs an app behind the doorman: quiet, patient for a limited time, on uvloop."
     quiet: Any = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
     how: Any = {"http": Patient, "ws": "none", "loop": "uvloop", "lifespan": "on", "timeout_keep_alive": 20}
     return uvicorn.Config(app, **quiet, **how, **more)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(
+    host: str,
+    port: int,  # 0: any free one
+) -> socket.socket:
+    "A socket that listens; ApiError where nothing can."
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -698,8 +709,8 @@ def background(
     grace: float = 10.0,  # seconds for what is being answered at the end
 ) -> Iterator[str]:  # its address
     "Serve an app from a thread until the block ends: for notebooks and tests."
-    listening = _listen(host, port)
-    server = uvicorn.Server(_uvicorn(app, timeout_graceful_shutdown=int(grace)))
+    listening = listen(host, port)
+    server = uvicorn.Server(server_config(app, timeout_graceful_shutdown=int(grace)))
     thread = threading.Thread(target=server.run, args=([listening],), name="api", daemon=True)
     thread.start()
     try:
@@ -755,7 +766,7 @@ def serve(
         bus = settings.bus_url  # exposures and outcomes are events
     options: dict[str, Any] = {"model": model, "cors_origins": list(cors_origins), "max_body": max_body, "max_rows": max_rows}
     options |= {"bus": bus, "traffic": experiments or None, "every": every}
-    with _listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="api-") as folder:
+    with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="api-") as folder:
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(f"serving {mask(address)}", flush=True)
         log.info("at work", extra={"address": address, "workers": workers})
@@ -763,13 +774,13 @@ def serve(
             signal.signal(number, lambda *_: None)  # uvicorn ends in order, raises the signal again, and we are done
         if workers == 1:
             app = _settled(create_app(**options, api_key=api_key))
-            uvicorn.Server(_uvicorn(app, timeout_graceful_shutdown=int(grace))).run([listening])
+            uvicorn.Server(server_config(app, timeout_graceful_shutdown=int(grace))).run([listening])
         else:
             from uvicorn.supervisors import Multiprocess
 
             os.environ |= {"MLOPS_API_OPTIONS": json.dumps(options), "PROMETHEUS_MULTIPROC_DIR": folder}
             os.environ |= {"MLOPS_API_KEY": api_key} if api_key is not None else {}
             many: Any = {"factory": True, "workers": workers, "timeout_worker_healthcheck": 120}  # loading a model takes its time
-            config = _uvicorn("mlops_lib.serving.api:worker_app", timeout_graceful_shutdown=int(grace), **many)
+            config = server_config("mlops_lib.serving.api:worker_app", timeout_graceful_shutdown=int(grace), **many)
             Multiprocess(config, [listening]).run()
     log.info("stopped", extra={"address": address})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEGATED', 'EDGES', 'SIGNS', 'GROWING', 'NEUTRAL', 'PLAIN', 'LIKE', 'TYPES', 'QUIET', 'FUNCTIONS', 'REGION', 'READS',
-           'ENOUGH', 'Change', 'Source', 'within', 'Mutant', 'mutants', 'sample', 'without_asserts', 'hidden_only',
-           'first_failure', 'equivalents', 'Report', 'all_mutants', 'mutate', 'report']
+           'ENOUGH', 'Change', 'Source', 'within', 'Mutant', 'mutants', 'sample', 'Report', 'report', 'without_asserts',
+           'hidden_only', 'first_failure', 'equivalents', 'all_mutants', 'mutate']
 
 # %% ../../notebooks/9_course/103_mutation.ipynb #c103a003
 import ast
@@ -37,7 +37,7 @@ from mlops_lib.course.grading import (
     plan,
     read_exercise,
 )
-from .sandbox import Sandbox
+from .sandbox import Limits, Sandbox
 
 # %% ../../notebooks/9_course/103_mutation.ipynb #c103a006
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def within(
         case ast.JoinedStr() | ast.Constant(str()) if raising and not messages:
             return
     yield node, inside
-    raising |= isinstance(node, ast.Raise | ast.Assert)
+    raising |= isinstance(node, ast.Raise | ast.Assert) or (isinstance(node, ast.Call) and s.of(node.func).endswith("Error"))
     for name, value in ast.iter_fields(node):
         kept_type = name == "slice" and isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in TYPES
         if name in ("annotation", "returns", "decorator_list") or kept_type or isinstance(node, ast.JoinedStr):
@@ -312,6 +312,46 @@ def sample(
     chosen = {id(groups[key][n]) for n, key in turns[:most]}
     return [m for m in found if id(m) in chosen]
 
+# %% ../../notebooks/9_course/103_mutation.ipynb #c103a052
+@dataclass(frozen=True)
+class Report:
+    "How the tests of an exercise did."
+
+    exercise: str
+    places: int  # changes that there are
+    mutants: int  # that were tried and count
+    caught: int
+    equivalent: int  # that were tried, not caught, and that no test can see
+    survivors: tuple[Mutant, ...]
+    kinds: dict[str, tuple[int, int]]  # kind: caught, tried
+    reasons: dict[str, int]  # how they were caught
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.caught / self.mutants if self.mutants else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        lines = [{k: v for k, v in asdict(m).items() if k != "source"} for m in self.survivors]
+        return asdict(self) | {"rate": round(self.rate, 4), "survivors": lines}
+
+
+def report(
+    exercise: str,
+    places: int,
+    tried: Sequence[Mutant],
+    reasons: Sequence[str],  # how each was caught; "" for a survivor
+    accepted: Iterable[str] = (),  # lines that no test can see
+    seconds: float = 0,
+) -> Report:
+    "Count them; what survived and is known to be equivalent does not count."
+    accepted = set(accepted)
+    pairs = [(m, r) for m, r in zip(tried, reasons, strict=True) if r or m.after not in accepted]
+    kinds = {k: (sum(bool(r) for m, r in pairs if m.kind == k), sum(m.kind == k for m, _ in pairs)) for k in sorted({m.kind for m, _ in pairs})}
+    left = tuple(m for m, r in pairs if not r)
+    ways = dict(Counter(r for _, r in pairs if r).most_common())
+    return Report(exercise, places, len(pairs), len(pairs) - len(left), len(tried) - len(pairs), left, kinds, ways, round(seconds, 1))
+
 # %% ../../notebooks/9_course/103_mutation.ipynb #c103a015
 def _names(code: str | ast.AST, context: type[ast.expr_context]) -> set[str]:
     tree = ast.parse(code) if isinstance(code, str) else code
@@ -362,11 +402,12 @@ def first_failure(
     sandbox: Sandbox,
     steps: Sequence[Step],
     since: str = "",  # the cell that was changed: tests before it are not asked
+    limits: Limits | None = None,  # None: those of the sandbox
     times: list[float] | None = None,  # seconds of each step are put here
 ) -> tuple[str, str]:  # which test caught it, and how; ("", "") for none
     "Run a plan until a hidden test fails."
     changed = not since
-    with sandbox.box() as box:
+    with sandbox.box(limits) as box:
         for step in steps:
             changed |= step.cell.grade_id == since
             started = time.monotonic()
@@ -397,29 +438,6 @@ def equivalents(
         raise GradingError(f"{solution.stem}: EQUIVALENT is a tuple of lines without blanks around them, not {bad[0]!r}")
     return set(lines)
 
-
-@dataclass(frozen=True)
-class Report:
-    "How the tests of an exercise did."
-
-    exercise: str
-    places: int  # changes that there are
-    mutants: int  # that were tried and count
-    caught: int
-    equivalent: int  # that were tried, not caught, and that no test can see
-    survivors: tuple[Mutant, ...]
-    kinds: dict[str, tuple[int, int]]  # kind: caught, tried
-    reasons: dict[str, int]  # how they were caught
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        return self.caught / self.mutants if self.mutants else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        lines = [{k: v for k, v in asdict(m).items() if k != "source"} for m in self.survivors]
-        return asdict(self) | {"rate": round(self.rate, 4), "survivors": lines}
-
 # %% ../../notebooks/9_course/103_mutation.ipynb #c103a018
 READS = re.compile(r"\bstr\((?:e|err|error|exc|caught)\b|\{(?:e|err|error|exc)[!:}]|\.args\b|excinfo|\.format_exc")
 ENOUGH = 0.95
@@ -437,8 +455,8 @@ def all_mutants(
     return [m for grade_id, source in pairs if grade_id in wanted for m in mutants(source, cell=grade_id, messages=messages)]
 
 
-def _key(step: Step, before: Sequence[Step], library: str) -> str:
-    facts = [library, step.source, step.cell.driver, step.cell.compare, *(s.source for s in before if s.kind != "test")]
+def _key(test: Step, steps: Sequence[Step], library: str) -> str:
+    facts = [library, test.source, test.cell.driver, test.cell.compare, *(s.source for s in steps if s.kind != "test")]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -449,11 +467,10 @@ def _library(exercise: Exercise, root: Path) -> str:
 # %% ../../notebooks/9_course/103_mutation.ipynb #c103a019
 def _prove(sandbox: Sandbox, steps: list[Step], exercise: Exercise) -> tuple[list[Step], float]:  # a plan that works, longest step
     "The solution itself must pass; what its tests need of their visible part is found out here."
-    ways = [hidden_only(steps), [replace(s, source=without_asserts(s.source)) if s.kind == "test" else s for s in steps], steps]
-    for way in ways:
+    for way in (hidden_only(steps), [replace(s, source=without_asserts(s.source)) if s.kind == "test" else s for s in steps]):
         times, failed = list[float](), ("", "")
         for since in ("", *(c.grade_id for c in exercise.cells if c.role == "solution")):
-            failed = first_failure(sandbox, way, since, times)
+            failed = first_failure(sandbox, way, since, times=times)
             if failed[0]:
                 break
         if not failed[0]:
@@ -475,9 +492,9 @@ def mutate(
     found, accepted = all_mutants(exercise, solution), equivalents(solution)
     chosen, library = sample(found, most, seed), _library(exercise, root)
     db = sqlite3.connect(database or ":memory:", check_same_thread=False, timeout=60)
-    with closing(db), parent_for(exercise, root) as first:
+    with closing(db), parent_for(exercise, root) as sandbox:
         db.execute("create table if not exists caught (key text primary key, reason text not null)")
-        way, longest = _prove(first, plan(json.loads(_notebook(solution))["cells"], exercise)[0], exercise)
+        way, longest = _prove(sandbox, plan(json.loads(_notebook(solution))["cells"], exercise)[0], exercise)
         sources = {s.cell.grade_id: s.source for s in way if s.kind == "test"}
         limits = replace(LIMITS, seconds=max(5.0, 5 * longest))
 
@@ -489,27 +506,11 @@ def mutate(
         keys = [{s.cell.grade_id: _key(s, p, library) for s in p if s.kind == "test"} for p in plans]
         known = [next((r for k in ks.values() for r in db.execute("select reason from caught where key = ?", (k,))), ("",))[0] for ks in keys]
         todo = [i for i, reason in enumerate(known) if not reason]
-        with parent_for(exercise, root, limits) as sandbox, ThreadPoolExecutor(workers) as pool:
-            for i, (test, reason) in zip(todo, pool.map(lambda i: first_failure(sandbox, plans[i], chosen[i].cell), todo), strict=True):
+        with ThreadPoolExecutor(workers) as pool:
+            outcomes = pool.map(lambda i: first_failure(sandbox, plans[i], chosen[i].cell, limits), todo)
+            for i, (test, reason) in zip(todo, outcomes, strict=True):
                 known[i] = reason
                 if reason:
                     db.execute("insert or replace into caught values (?, ?)", (keys[i][test], reason))
                     db.commit()
     return report(exercise.name, len(found), chosen, known, accepted, time.monotonic() - started)
-
-
-def report(
-    exercise: str,
-    places: int,
-    tried: Sequence[Mutant],
-    reasons: Sequence[str],  # how each was caught; "" for a survivor
-    accepted: Iterable[str] = (),  # lines that no test can see
-    seconds: float = 0,
-) -> Report:
-    "Count them; what survived and is known to be equivalent does not count."
-    accepted = set(accepted)
-    pairs = [(m, r) for m, r in zip(tried, reasons, strict=True) if r or m.after not in accepted]
-    kinds = {k: (sum(bool(r) for m, r in pairs if m.kind == k), sum(m.kind == k for m, _ in pairs)) for k in sorted({m.kind for m, _ in pairs})}
-    left = tuple(m for m, r in pairs if not r)
-    ways = dict(Counter(r for _, r in pairs if r).most_common())
-    return Report(exercise, places, len(pairs), len(pairs) - len(left), len(tried) - len(pairs), left, kinds, ways, round(seconds, 1))

@@ -101,7 +101,8 @@ def hint_problems(
             own = range(node.lineno - 1, node.end_lineno or node.lineno) if node else range(0)
             secret += [line for number, line in enumerate(lines) if number not in own]
         secret += [line for region in SOLVED.findall(source) for line in region.splitlines()]
-    told = {_squeeze(line): line.strip() for line in secret if len(_squeeze(line)) > 15}
+    # the head of a loop or branch may be named: what stands in it is the solution
+    told = {_squeeze(line): line.strip() for line in secret if len(_squeeze(line)) > 15 and not line.rstrip().endswith(":")}
     wrong = []
     for question, steps in hints.items():
         if len(steps) != 3 or not all(isinstance(s, str) and s.strip() for s in steps):

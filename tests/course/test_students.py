@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
+from support import short
 
 from mlops_lib.course.exercises import hint_problems, release, solutions
 from mlops_lib.course.pipeline import ENVIRONMENT, ipc_config
@@ -42,7 +42,6 @@ from mlops_lib.course.students import (
     time_limit,
 )
 from mlops_lib.settings import Settings
-from support import short
 
 ROOT = Path(__file__).parents[2]
 NAME = "0_demo/1_double"
@@ -50,7 +49,7 @@ TEST = 'assert double(2) == 4, "double(2) should be 4"'
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Iterator[Settings]:
+def workspace(tmp_path: Path) -> Settings:
     "A workspace with one exercise of two questions."
     questions = [
         {"id": "test-1", "points": 2, "title": "Twice", "task": "task-1", "source": TEST},
@@ -60,7 +59,7 @@ def workspace(tmp_path: Path) -> Iterator[Settings]:
     checks = {NAME: {"title": "Double", "questions": questions, "names": {"double": "task-1", "half": "task-2"}}}
     (tmp_path / "exercises" / "checks.json").write_text(json.dumps(checks))
     (tmp_path / "exercises" / "hints.json").write_text(json.dumps({NAME: {"test-1": ["one", "two", "three"]}}))
-    yield Settings(root=tmp_path)
+    return Settings(root=tmp_path)
 
 
 def ask(code: str, test: str = TEST, seconds: float = 20) -> Mark:

@@ -166,7 +166,10 @@ def worker(
     metrics_host: str,
     given: str,
 ) -> None:
-    "Be services until SIGTERM: history, ingress, validation, training, registry, deploy, inference; none named: all."
+    """Be services until SIGTERM. None named: history, ingress, validation, training, registry, deploy, inference and experiment.
+
+    Others are classifying and indexing (documents), monitor, retraining, and candidates in the place of registry.
+    """
     from mlops_lib.logs import setup_logging
     from mlops_lib.serving.workers import WORKERS, serve_worker
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 from uuid import NAMESPACE_OID, UUID, uuid4, uuid5
 
@@ -37,7 +38,7 @@ from ..registry.gates import RegistryError, Version, champion, find, freeze_exam
 from ..registry.tracking import fingerprints, user
 from ..serving import experiment
 from ..serving.experiment import ExperimentError
-from ..serving.workers import FRAMEWORKS, WORKERS, Registry, Worker, WorkerError, place, read_dataset
+from ..serving.workers import FRAMEWORKS, Registry, Worker, WorkerError, place, read_dataset
 from ..settings import settings
 
 log = get_logger(__name__)
@@ -55,6 +56,7 @@ class Policy:
     "When a retraining may begin."
 
     cooldown_hours: float = 6.0  # after the last one was asked for
+    backoff: float = 2.0  # times as long after each model in a row that was refused, where answers are not known to be worse; 1: never longer
     per_day: int = 4  # in any 24 hours
     severity: Literal["low", "medium", "high"] = "low"  # weaker alarms ask for nothing
     schedule_hours: float | None = None  # without any alarm, after so long; None: never
@@ -66,8 +68,8 @@ class Policy:
         hours = (self.cooldown_hours, self.patience_hours, 1.0 if self.schedule_hours is None else self.schedule_hours)
         if not all(0 <= h < 1e6 for h in hours) or self.schedule_hours == 0 or self.severity not in SEVERITIES:
             raise RetrainingError(f"Hours are not negative, a schedule is above 0, a severity is one of {', '.join(SEVERITIES)}; got {self}.")
-        if min(self.per_day, self.min_new) < 0 or self.max_rows < 1:
-            raise RetrainingError(f"A budget and a number of rows are not negative; got {self}.")
+        if min(self.per_day, self.min_new) < 0 or self.max_rows < 1 or not 1 <= self.backoff <= 100:
+            raise RetrainingError(f"A budget and a number of rows are not negative, a backoff is from 1 to 100; got {self}.")
 
 
 def decide(
@@ -77,6 +79,8 @@ def decide(
     *,
     busy: str = "",  # one that is not finished; empty: there is none
     severity: str = "high",  # of the alarm
+    refused: int = 0,  # models in a row, up to the last one, that the gate did not let through
+    worse: bool = True,  # the alarm says that answers are worse; False: only that data are others
     force: bool = False,  # by hand: neither cool-down nor budget
 ) -> tuple[bool, str]:  # whether to retrain, and why or why not
     "May a retraining begin?"
@@ -87,8 +91,10 @@ def decide(
     if severity in SEVERITIES and SEVERITIES.index(severity) < SEVERITIES.index(policy.severity):
         return False, f"severity {severity}; the policy wants {policy.severity}"
     ago = [(now - at) / 3600 for at in asked]  # below 0: a clock was put back since
-    if recent := [h for h in ago if abs(h) < policy.cooldown_hours]:
-        return False, f"cooling down: the last one was asked for {max(0.0, min(recent)):.1f} of {policy.cooldown_hours:g} hours ago"
+    wait = policy.cooldown_hours * (1.0 if worse else policy.backoff ** min(refused, 10))
+    if recent := [h for h in ago if abs(h) < wait]:
+        why = f", {refused} refused since" if wait > policy.cooldown_hours else ""
+        return False, f"cooling down: the last one was asked for {max(0.0, min(recent)):.1f} of {wait:g} hours ago{why}"
     if (today := sum(abs(h) < 24 for h in ago)) >= policy.per_day:
         return False, f"the budget is spent: {today} of {policy.per_day} in 24 hours"
     return True, "allowed"
@@ -175,7 +181,8 @@ class _Deciding(Worker):
         if isinstance(event, DriftDetected):
             if getattr(p, "model_id", self.model) == self.model:
                 told = f"{p.drift_type}: {p.metric_name} is {p.current_value:.3g}, was {p.baseline_value:.3g}"
-                self._decide(tx, event.event_id, event.correlation_id, told, severity=p.severity, caused=True)
+                worse = p.drift_type == "concept_drift"
+                self._decide(tx, event.event_id, event.correlation_id, told, severity=p.severity, worse=worse, caused=True)
         elif isinstance(event, DataValidated):
             if p.passed:
                 tx.execute("insert or ignore into retrain_window values (?, ?, ?, ?)", (p.dataset_id, self.model, p.dataset_path, self.clock()))
@@ -185,8 +192,9 @@ class _Deciding(Worker):
     def _decide(self, tx: Transaction, key: str, story: str, told: str, *, caused: bool = False, **how: Any) -> tuple[bool, str]:
         now, marks = self.clock(), ",".join("?" * len(OPEN))
         open_ = tx.execute(f"select reason from retrain_job where model = ? and state in ({marks})", (self.model, *OPEN)).fetchone()  # noqa: S608  # nosec B608
-        asked = [row[0] for row in tx.execute("select at from retrain_job where model = ? order by at desc limit 1000", (self.model,))]
-        yes, why = decide(self.policy, now, asked, busy=open_[0] if open_ else "", **how)
+        jobs = tx.execute("select at, state from retrain_job where model = ? order by at desc limit 1000", (self.model,)).fetchall()
+        refused = sum(1 for _ in takewhile(lambda job: job[1] == "refused", jobs))
+        yes, why = decide(self.policy, now, [at for at, _ in jobs], busy=open_[0] if open_ else "", refused=refused, **how)
         row = (key, self.model, now, told, story, "asked" if yes else "refused", why)
         new = tx.execute("insert or ignore into retrain_decision values (?, ?, ?, ?, ?, ?, ?)", row).rowcount
         if yes and new:
@@ -342,7 +350,7 @@ class Retraining(_Acting):
     def __init__(
         self,
         model: str | None = None,  # a registered model; None: settings.registered_model
-        policy: Policy | None = None,
+        policy: Policy | Mapping[str, Any] | None = None,  # or its fields
         *,
         rollout: Literal["direct", "canary", "ab"] = "direct",  # what follows the gate; not direct: Candidates is the registry
         trial: Mapping[str, Any] | None = None,  # options of lesson 55's `start`, such as metric, steps, min_users
@@ -356,7 +364,8 @@ class Retraining(_Acting):
         super().__init__()
         if rollout not in ("direct", "canary", "ab"):
             raise RetrainingError(f"A rollout is direct, canary or ab, not {rollout!r:.80}.")
-        self.model, self.policy, self.rollout, self.trial = model or settings.registered_model, policy or Policy(), rollout, dict(trial or {})
+        self.model, self.rollout, self.trial = model or settings.registered_model, rollout, dict(trial or {})
+        self.policy = policy if isinstance(policy, Policy) else Policy(**policy or {})
         self.exam_share, self.exam_rows, self.probation, self.keep_windows = exam_share, exam_rows, probation, keep_windows
         self.every, self.clock = every, clock
 
@@ -426,6 +435,3 @@ class Candidates(Registry):
                 self.say(event, ModelValidated, about)
                 return
         super()._judge(event)  # the first one of all, or one to be refused: that is decided, and kept
-
-
-WORKERS.update(retraining=Retraining, candidates=Candidates)

@@ -36,7 +36,7 @@ from ..logs import get_logger
 from .drift import DriftError, Reference, detect
 from ..registry.gates import Version, champion
 from ..registry.tracking import fingerprints
-from ..serving.workers import WORKERS, Worker, WorkerError, read_dataset
+from ..serving.workers import Worker, WorkerError, read_dataset
 from ..settings import settings
 
 log = get_logger(__name__)
@@ -316,6 +316,3 @@ class Monitor(_Counting):
         for name in then.labels:
             SHARE.labels(self.model, name).set(counts.get(name, 0) / sum(counts.values()))
         return share_alarms(counts, then.labels, then.said, alpha=self.alpha)
-
-
-WORKERS.update(monitor=Monitor)  # so that run_workers and `mlops worker` know it once this module is imported

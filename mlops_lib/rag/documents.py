@@ -52,7 +52,7 @@ from mlops_lib.rag.index import (
     spans,
 )
 from .retrieval import Hits, search
-from ..serving.workers import WORKERS, Archive, Service, Worker, serve_worker
+from ..serving.workers import Archive, Service, Worker, serve_worker
 from ..settings import settings
 
 # %% ../../notebooks/6_rag/66_documents.ipynb #c6600009
@@ -595,15 +595,21 @@ class _Handling(Worker):
     makes: ClassVar[type[Event]]  # what it says when it is done
     options: Mapping[str, Any] = {**Worker.options, "prefetch": 4}
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library | Path | str | None = None) -> None:  # or its folder; None: the settings'
         super().__init__()
-        self.library = library
+        self._own = not isinstance(library, Library)
+        self.library = library if isinstance(library, Library) else Library(library)
 
     def start(self, bus: Bus) -> Self:
         self.library.start(bus)
         super().start(bus)
         self.repeat(partial(self.library.resume, 30.0), 10.0)
         return self
+
+    def stop(self, timeout: float = 30.0) -> None:
+        super().stop(timeout)
+        if self._own:
+            self.library.close()
 
     @abstractmethod
     def work(self, event: Any, row: _Row) -> None:
@@ -643,7 +649,7 @@ class Classifying(_Handling):
 
     def __init__(
         self,
-        library: Library,
+        library: Library | Path | str | None = None,  # or its folder; None: the settings'
         classify: Callable[[str], Any] | None = None,  # text -> category, confidence, version; None: the classifier of lesson 65
     ) -> None:
         super().__init__(library)
@@ -721,5 +727,5 @@ def serve_documents(
 ) -> None:
     "Be a service for documents: run until SIGTERM or Ctrl-C."
     with Library(folder, index) as library:
-        WORKERS.update({"classifying": partial(Classifying, library, classify), "indexing": partial(Indexing, library)})
-        serve_worker(*(names or ("history", "classifying", "indexing")), **about)
+        named, options = names or ("history", "classifying", "indexing"), {"classifying": {"library": library, "classify": classify}, "indexing": {"library": library}}
+        serve_worker(*named, options={name: options[name] for name in named if name in options}, **about)

@@ -1,16 +1,25 @@
 """`mlops drift check` as it is typed: three ways to end, and files of all sorts."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from support import until
 
 from mlops_lib.cli import cli
 from mlops_lib.cli_monitoring import read_table
 from mlops_lib.events.bus import connect
+from mlops_lib.monitoring.telemetry import Sample, TelemetryError, scrape
 from mlops_lib.settings import settings
 
 RNG = np.random.default_rng(11)
@@ -101,3 +110,51 @@ def test_a_long_file_is_thinned_evenly_and_that_is_said(files: dict[str, Path], 
     assert (whole, len(frame)) == (1_000, 250)
     assert frame["n"].diff().dropna().eq(4).all()
     assert "250 of 1,000" in call(long, long, "--rows", 300)[2]
+
+
+@contextmanager
+def command(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    "`mlops …` as a process, and its log; it ends on SIGTERM with exit code 0."
+    about = {"MLOPS_DATA_DIR": str(folder / "data"), "MLOPS_MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    log = folder / f"{words[0]}-{words[1]}.log"
+    with log.open("w") as out:
+        words = (*words, "--bus", f"sqlite:///{folder}/bus.db")
+        process = subprocess.Popen([Path(sys.executable).parent / "mlops", *words], env=os.environ | about, stdout=out, stderr=out, text=True)
+    try:
+        yield process, log
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, log.read_text()[-3_000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_exporter_shows_the_bus_and_is_found(tmp_path: Path) -> None:
+    with command(tmp_path, "exporter", "--port", "0", "--targets", str(tmp_path / "targets")) as (_, log):
+        until(lambda: "serving" in log.read_text(), "it serves", log)
+        address = log.read_text().partition("serving ")[2].split("/metrics")[0]
+        until(lambda: Sample("bus_up", {}, 1.0) in scrape(address), "it knows the bus", log)
+        (path,) = until(lambda: list((tmp_path / "targets").glob("*.yml")), "Prometheus is told", log)
+        assert address.removeprefix("http://") in path.read_text()
+    assert not list((tmp_path / "targets").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "queues"),
+    [
+        ("monitor", {"text": False}, {"monitor", "monitor-counts"}),
+        ("retraining", {"policy": {"cooldown_hours": 1}}, {"retraining"}),
+        ("classifying", {"library": "here"}, {"classifying"}),
+        ("indexing", {"library": "here"}, {"indexing"}),
+    ],
+)
+def test_services_of_later_lessons_are_workers_that_show_their_numbers(name: str, options: dict[str, Any], queues: set[str], tmp_path: Path) -> None:
+    given = options | ({"library": str(tmp_path / "library")} if "library" in options else {})
+    with command(tmp_path, "worker", name, "--metrics-port", "0", "--options", json.dumps(given)) as (_, log):
+        until(lambda: "at work" in log.read_text(), "it is at work", log)
+        with connect(f"sqlite:///{tmp_path}/bus.db") as bus:
+            assert queues <= set(bus.queues())
+        port = int(log.read_text().partition("port=")[2].split()[0])
+        assert any(s.name.startswith("process_cpu") for s in scrape(f"http://127.0.0.1:{port}"))
+    with pytest.raises(TelemetryError, match="No answer"):
+        scrape(f"http://127.0.0.1:{port}", timeout=2)

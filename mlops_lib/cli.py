@@ -109,74 +109,76 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 
 # %% ../notebooks/9_course/95_cli.ipynb #65989969
 def _watcher(quiet: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from mlops_lib.course.pipeline import Outcome, Watcher
 
-    console = Console(quiet=quiet, highlight=False)
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.fields[what]}"),
-    ]
-    progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-
     class Drawn(Watcher):
+        progress: Any = None  # rich is imported for the first lesson that runs
+
         def __enter__(self) -> "Drawn":
-            progress.start()
-            self.task = progress.add_task("", what="")
+            self.cells: dict[str, str] = {}  # of the lessons that are running
             return self
 
         def __exit__(self, *_: object) -> None:
-            progress.stop()
+            if self.progress:
+                self.progress.stop()
+
+        def draw(self) -> Any:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self.console = Console(quiet=quiet, highlight=False)
+            columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[what]}")]
+            self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self.task = self.progress.add_task("", what="")
+            self.progress.start()
+
+        def show(self) -> None:
+            what = ", ".join(f"{name.split('/')[1]} {cell}".strip() for name, cell in self.cells.copy().items())
+            self.progress.update(self.task, what=what)
 
         def kernel_chosen(self, kernel: str, why: str) -> None:
-            console.print(f"plain kernels: {why}" if why else "forked kernels", style="dim", markup=False)
+            self.console.print(f"plain kernels: {why}" if why else "forked kernels", style="dim", markup=False)
 
         def lesson_started(self, name: str, number: int, total: int) -> None:
-            progress.update(
-                self.task, description=name, completed=number - 1, total=total, what=f"{number}/{total}"
-            )
-            self.of = f"lesson {number}/{total}"
+            if not self.progress:
+                self.draw()
+            self.progress.update(self.task, total=total)
+            self.cells[name] = ""
+            self.show()
 
-        def cell_started(self, done: int, total: int) -> None:
-            progress.update(self.task, what=f"{self.of}, cell {done + 1}/{total}")
+        def cell_started(self, name: str, done: int, total: int) -> None:
+            self.cells[name] = f"{done + 1}/{total}"
+            self.show()
 
         def lesson_ended(self, outcome: Outcome) -> None:
+            if outcome.kept:  # _summary() tells
+                return
+            if not self.progress:
+                self.draw()
+            self.cells.pop(outcome.name, None)
+            self.progress.advance(self.task)
+            self.show()
             color = {"ok": "green", "failed": "red", "skipped": "yellow"}[outcome.status]
-            word = "kept" if outcome.kept else outcome.status
-            text = f"{outcome.name:<28} [{color}]{word:<8}[/] {outcome.seconds:6.1f} s"
-            console.print(f"{text}  ", end="")
-            console.print(
+            text = f"{outcome.name:<28} [{color}]{outcome.status:<8}[/] {outcome.seconds:6.1f} s"
+            self.console.print(f"{text}  ", end="")
+            self.console.print(
                 outcome.headline or outcome.error, markup=False, overflow="ellipsis", no_wrap=True
             )
             if outcome.traceback:
-                console.print(outcome.traceback, markup=False, soft_wrap=True)
+                self.console.print(outcome.traceback, markup=False, soft_wrap=True)
 
     return Drawn()
 
 # %% ../notebooks/9_course/95_cli.ipynb #130944ff
 def _summary(record: Any) -> str:
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "lesson",
-        "status",
-        "seconds",
-        "headline",
-        title=f"Run {record.folder.name}",
-        title_justify="left",
-    )
+    kept = sum(o.kept for o in record.outcomes)
+    lines = [f"Run {record.folder.name}", f"{'lesson':<28} {'status':<8} seconds  headline"]
     for o in record.outcomes:
-        table.add_row(o.name, "kept" if o.kept else o.status, f"{o.seconds:.1f}", o.headline or o.error)
-    out = StringIO()
-    Console(file=out, width=110).print(table)
-    return out.getvalue()
+        word = "kept" if o.kept else o.status
+        lines.append(f"{o.name:<28} {word:<8} {o.seconds:7.1f}  {(o.headline or o.error)[:64]}".rstrip())
+    ran = sum(o.status != "skipped" for o in record.outcomes) - kept
+    what = f"{ran} lessons ran, {kept} were kept" if ran or record.failed else "nothing changed, nothing ran"
+    return "\n".join([*lines, f"{what}; {len(record.failed)} of {len(record.outcomes)} are not green"])
 
 # %% ../notebooks/9_course/95_cli.ipynb #54b2c691
 def parse_value(text: str) -> Any:
@@ -196,10 +198,9 @@ def parse_value(text: str) -> Any:
 @profile_option
 @click.option("--lesson-timeout", type=click.IntRange(1), help="Seconds that one lesson may take.")
 @click.option("--cell-timeout", type=click.IntRange(1), help="Seconds that one cell may take.")
-@click.option(
-    "--resume", is_flag=True, help="Keep every lesson that was green on the same code and data."
-)
-@click.option("--fresh", is_flag=True, help="Every lesson in a plain kernel of its own, none forked.")
+@click.option("--jobs", "-j", type=click.IntRange(1), help="Lessons at a time [one for each core and 2.5 GB; 1 on the stack].")
+@click.option("--dask", metavar="ADDRESS", help="Run them on the workers of a Dask scheduler, e.g. tcp://10.0.0.5:8786.")
+@click.option("--fresh", is_flag=True, help="Run every lesson, each in a plain kernel of its own, none forked.")
 @json_option
 def run(
     only: tuple[str, ...] = (),
@@ -209,14 +210,15 @@ def run(
     profile: str | None = None,
     lesson_timeout: int | None = None,
     cell_timeout: int | None = None,
-    resume: bool = False,
+    jobs: int | None = None,
+    dask: str | None = None,
     fresh: bool = False,
     as_json: bool = False,
 ) -> None:
-    "Run the lessons in order; report in runs/. An interrupted run is taken up where it stopped."
+    "Run the lessons that were not green before on the same code and data; report in runs/."
     from dataclasses import asdict, replace
 
-    from mlops_lib.course import pipeline
+    from mlops_lib.course import graph, pipeline
     from mlops_lib.settings import load_settings
 
     settings = load_settings(profile)
@@ -225,13 +227,14 @@ def run(
     wanted = {"lesson": lesson_timeout, "cell": cell_timeout}
     limits = replace(pipeline.Limits(), **{k: v for k, v in wanted.items() if v})
     try:
-        lessons = pipeline.select(pipeline.read_course(settings.root), only, start)
+        notes = graph.Notes(None if fresh else settings.runs_dir / ".notes.json")
+        lessons = graph.select(graph.read_course(settings.root, notes), only, start)
         pipeline.check_parameters(lessons, given)
     except ValueError as e:
         raise click.UsageError(str(e)) from None
     with _watcher(quiet=as_json) as watcher:
         record = pipeline.run_course(
-            lessons, settings.runs_dir, settings.profile, given, limits, watcher, resume, fresh
+            lessons, settings.runs_dir, settings.profile, given, limits, watcher, fresh, jobs, dask, notes
         )
     report = record.folder / "index.html"
     outcomes = [asdict(o) for o in record.outcomes]
@@ -252,7 +255,7 @@ def test(ctx: click.Context, pytest_args: tuple[str, ...]) -> None:
     import os
     import subprocess
 
-    ctx.invoke(run, resume=True)
+    ctx.invoke(run)
     ctx.invoke(exercises_check)
     spread = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]  # a file's servers and models are made once
     raise SystemExit(subprocess.run([sys.executable, "-m", "pytest", *spread, *pytest_args]).returncode)
@@ -279,7 +282,8 @@ def lab(options: tuple[str, ...]) -> None:
         for variable, place in (("JUPYTER_PATH", folder), ("JUPYTER_CONFIG_PATH", folder / "config")):
             os.environ[variable] = os.pathsep.join([str(place), *filter(None, [os.environ.get(variable)])])
         kernels.connect(names, os.environ | pipeline.ENVIRONMENT).close()
-    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", "notebooks/index.ipynb"]
+    first = "--LabApp.default_url=/lab/tree/notebooks/index.ipynb"  # also where the browser is opened by hand
+    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={settings.root}", first]
     if os.geteuid() == 0:  # as in a container; it listens on this machine alone, and asks for its token
         command.append("--allow-root")
     os.execvp(sys.executable, [*command, *options])

@@ -534,7 +534,7 @@ def read_map(root: Path) -> list[Stop]:
     "Read every lesson's first cell, in the order of the course; ValueError where it says too little."
     stops = []
     for path in sorted((root / "notebooks").glob("[0-9]*/[0-9]*.ipynb"), key=lambda p: (p.parent.name, int(p.stem.split("_")[0]))):
-        head = _prose(path)[0]
+        head = next(iter(_prose(path)), "")
         title, line = re.search(r"# (.+)", head), re.search(r"(?m)^> (.+)", head)
         times = re.search(r"\*\*Time\*\* (\d+) minutes to read, (\d+) for the exercise\. \*\*Needs\*\*(.*)", head)
         if not (title and line and times):

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from mlops_lib.course.exercises import release_all
-from mlops_lib.course.pipeline import dependencies, read_course
+from mlops_lib.course.graph import dependencies, read_course
 from mlops_lib.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +151,32 @@ def test_environment_and_project_agree() -> None:
     assert f".[{extras[1]}]" in makefile, "conda and make install different extras"
     assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
     assert "-c constraints.txt" in pip
+
+
+def test_the_devcontainer_agrees_with_the_project() -> None:
+    folder = ROOT / ".devcontainer"
+    text = re.sub(r"(?m)^\s*//.*$", "", (folder / "devcontainer.json").read_text())
+    made = json.loads(text)
+    image, version = re.fullmatch(r"(.+):([\d.]+)-\w+", made["image"]).groups()  # type: ignore[union-attr]
+    assert image.endswith("/python")
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert f"python={version}" in conda
+    script = made["postCreateCommand"].split()[-1]
+    assert (ROOT / script).stat().st_mode & 0o100
+    assert f"python{version}" in (ROOT / script).read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = re.findall(r"(?m)^make (\S+)", (ROOT / script).read_text())
+    assert wanted
+    assert all(f"{target}:" in makefile or f"READY := {target}" in makefile for target in wanted)
+    assert set(map(str, made["forwardPorts"])) == set(made["portsAttributes"])
+    assert urlsplit(load_settings("stack", root=ROOT, environ={}).mlflow_tracking_uri).port in made["forwardPorts"]
+
+
+def test_the_devcontainer_installs_what_ci_installs() -> None:
+    ci, container = ((ROOT / name).read_text() for name in (".ci/run", ".devcontainer/post-create.sh"))
+    packages = {word for words in re.findall(r"missing\+=\(([^)]+)\)", ci) for word in words.split()} - {"python3.11-venv"}
+    assert packages <= set(container.split())
 
 
 @pytest.mark.parametrize("profile", ["embedded", "stack"])

@@ -22,6 +22,11 @@ from .cli import Command, fail, json_option, show
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=30, show_default=True, help="For one cell.")
 @click.option("--memory", type=click.IntRange(64), default=2048, show_default=True, help="MB for one submission.")
 @click.option("--regrade", is_flag=True, help="Also what was graded already.")
+@click.option("--due", metavar="TIME", help="When the work was due: 2026-11-30T23:59 (UTC), 2026-11-30T23:59+01:00.")
+@click.option("--late", default="10%/day", show_default=True, metavar="SHARE", help="Of its points, that late work loses for each day begun.")
+@click.option("--late-most", default="100%", show_default=True, metavar="SHARE", help="Of its points, that late work loses at most.")
+@click.option("--similarity", is_flag=True, help="Also report pairs of students whose own code is alike.")
+@click.option("--gradebook/--no-gradebook", default=True, show_default=True, help="Put the results into nbgrader's gradebook, too.")
 @click.option("--strict", is_flag=True, help="Refuse where the system does not let submissions be isolated.")
 @json_option
 def grade(
@@ -32,15 +37,21 @@ def grade(
     seconds: float,
     memory: int,
     regrade: bool,
+    due: str | None,
+    late: str,
+    late_most: str,
+    similarity: bool,
+    gradebook: bool,
     strict: bool,
     as_json: bool,
 ) -> None:
     "Grade a class: a folder or zip with a folder, a zip or a notebook for each student."
-    from mlops_lib.course import grading
+    from mlops_lib.course import grading, reports
     from mlops_lib.course.sandbox import SandboxError
     from mlops_lib.settings import settings
 
     try:
+        rule = reports.Late(reports.parse_due(due), reports.parse_share(late), reports.parse_share(late_most)) if due else None
         exercises = grading.read_exercises(settings.root, names)
         found = grading.find_submissions(submissions)
         limits, done = replace(grading.LIMITS, seconds=seconds, memory=memory << 20), list[str]()
@@ -52,8 +63,17 @@ def grade(
         results = grading.grade_class(found, exercises, settings.root, out / "grades.db", limits, workers or 0, regrade, strict, tell)
     except (grading.GradingError, SandboxError) as e:
         fail(e)
-    written = grading.write_exports(results, out)
-    told = {"submissions": [asdict(g) for g in results], "files": [str(p) for p in written.values()]}
+    results = reports.with_penalties(results, found, rule) if rule else results
+    written = reports.write_exports(results, out)
+    if similarity:
+        from mlops_lib.course.similarity import write_similarity
+
+        written |= write_similarity(found, exercises, out)
+    if gradebook:
+        from mlops_lib.course.gradebook import write_gradebook
+
+        written["gradebook.db"] = write_gradebook(out.resolve() / "nbgrader", results, found, exercises, settings.root, rule.due if rule else None)
+    told = {"submissions": [asdict(g) | {"final": g.final} for g in results], "files": [str(p) for p in written.values()]}
     full = sum(g.score == g.max_score > 0 for g in results)
     reasons = sorted({g.reason for g in results}, key=grading.REASONS.index)
     counts = ", ".join(f"{r} {sum(g.reason == r for g in results)}" for r in reasons)

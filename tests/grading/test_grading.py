@@ -14,11 +14,10 @@ from mlops_lib.course.grading import (
     grade_class,
     guessable,
     read_exercises,
-    safe_name,
     split_test,
     which_exercise,
-    write_exports,
 )
+from mlops_lib.course.reports import safe_name, write_exports
 from mlops_lib.course.sandbox import Limits
 
 from .conftest import ROOT, answers, exercise, handed_in

@@ -281,8 +281,8 @@ def read_checks(
         elif meta.get("grade"):
             questions.append({"id": meta["grade_id"], "points": meta["points"], "title": heading, "task": task, "source": source})
         elif cell["cell_type"] == "code":
-            task = meta.get("grade_id", "")
-            names |= dict.fromkeys(_made(source), task)
+            task = meta.get("grade_id", "") if meta.get("solution") else task
+            names |= dict.fromkeys(_made(source), meta.get("grade_id", ""))
     title = next((line.strip("# ") for line in "".join(cells[0]["source"]).splitlines() if line.startswith("# ")), exercise.stem)
     return {"title": title.removeprefix("Exercise").strip(" ·:"), "questions": questions, "names": names}
 
@@ -321,5 +321,6 @@ def check_all(
     workers: int = 2,  # exercises checked at a time; each runs two kernels
 ) -> Iterator[ExerciseCheck]:  # in the same order
     "Check several exercises side by side."
+    found = [path.resolve() for path in paths]  # before nbgrader changes the working folder
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(check_exercise, paths)
+        yield from pool.map(check_exercise, found)

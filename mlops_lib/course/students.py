@@ -225,7 +225,7 @@ def run_check(
     question: Question,
     exercise: Exercise,
     namespace: dict[str, Any],  # of the notebook; the check writes into it
-    seconds: float = 30,
+    seconds: float = 60,
 ) -> Mark:
     "Run the visible checks of one question."
     file = f"<check {question.id}>"
@@ -247,7 +247,7 @@ def run_check(
 def run_checks(
     exercise: Exercise,
     namespace: dict[str, Any],
-    seconds: float = 30,  # for each question
+    seconds: float = 60,  # for each question
 ) -> list[Mark]:
     "Run all visible checks in their order, then put the namespace's names back."
     before, marks = dict(namespace), list[Mark]()
@@ -356,7 +356,7 @@ def _recorded(folder: Path, below: list[str]) -> Iterator[sqlite3.Connection | N
 def check(
     exercise: str | None = None,  # e.g. "6_rag/60_index"; None: the one of this notebook
     namespace: dict[str, Any] | None = None,  # None: the notebook's
-    seconds: float = 30,  # for each question
+    seconds: float = 60,  # for each question
     at: Settings = settings,  # the workspace
 ) -> Note:  # shows itself
     "Run the visible checks of an exercise on what the notebook's names are now."

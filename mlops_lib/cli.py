@@ -338,7 +338,7 @@ def exercises_check(paths: tuple[Path, ...] = ()) -> None:
     from mlops_lib.settings import settings
 
     broken = 0
-    for check in check_all(list(paths) or find_solutions(settings.root)):
+    for check in check_all([p.resolve() for p in paths] or find_solutions(settings.root)):
         broken += bool(check.problems)
         marks = (
             f"solved {check.solved:g}/{check.points:g}, unsolved {check.unsolved:g}/{check.points:g}"

@@ -23,7 +23,8 @@ from mlops_lib.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 EXERCISE = "0_start/01_logs"
-expect.set_options(timeout=60_000)
+PATIENCE = 180_000  # milliseconds; on a quiet machine each wait is a second or two
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,7 @@ def tab(page: Page, name: str) -> Locator:
 
 def test_from_the_map_through_a_lesson_to_a_solved_exercise(lab: str, browser: Browser) -> None:
     page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(lab)
     expect(shown(page).get_by_role("heading", name="MLOps Workshop")).to_be_visible()
     expect(shown(page).locator(".jp-RenderedMermaid img, .jp-RenderedMermaid svg").first).to_be_visible()

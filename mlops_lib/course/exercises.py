@@ -101,8 +101,10 @@ def hint_problems(
             own = range(node.lineno - 1, node.end_lineno or node.lineno) if node else range(0)
             secret += [line for number, line in enumerate(lines) if number not in own]
         secret += [line for region in SOLVED.findall(source) for line in region.splitlines()]
-    # the head of a loop or branch may be named: what stands in it is the solution
-    told = {_squeeze(line): line.strip() for line in secret if len(_squeeze(line)) > 15 and not line.rstrip().endswith(":")}
+    shown = _squeeze("".join("".join(c["source"]) for c in json.loads(solution.read_text(encoding="utf-8"))["cells"] if c["cell_type"] != "code"))
+    shown += "".join(_squeeze(SOLVED.sub("", HIDDEN.sub("", source))) for _, source in cells)
+    told = {_squeeze(line): line.strip() for line in secret if not line.rstrip().endswith(":")}  # the head of a loop or branch may be named
+    told = {key: line for key, line in told.items() if len(key) > 20 and key not in shown}  # so may a short line, and what the task says itself
     wrong = []
     for question, steps in hints.items():
         if len(steps) != 3 or not all(isinstance(s, str) and s.strip() for s in steps):

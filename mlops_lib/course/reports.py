@@ -87,11 +87,11 @@ h2{margin-top:2rem}.note{color:#555;font-size:.9em}</style>
 <h1>{{ student }}</h1>
 <p>{{ "%g"|format(final) }} of {{ "%g"|format(most) }} points{% if graded|length > 1 %} in {{ graded|length }} notebooks{% endif %}.</p>
 {% for g in graded %}<h2>{{ g.exercise }}: {{ "%g"|format(g.final) }} of {{ "%g"|format(g.max_score) }} points</h2>
-{% if g.penalty %}<p>Your work got {{ "%g"|format(g.score) }} points; {{ "%g"|format(g.penalty) }} were taken off because it came late ({{ g.when }}).</p>{% endif %}
-{% if g.marks %}<table><tr><th>Question<th>Points<th>Result<th>What to look at</tr>
+{% if g.penalty %}<p>Your work got {{ "%g"|format(g.score) }} points, less {{ "%g"|format(g.penalty) }} because it came late ({{ g.when|replace("T", " ")|replace("+00:00", " UTC") }}).</p>{% endif %}
+{% if g.marks %}<table><tr><th class="n">Question<th class="n">Points<th class="n">Result<th>What to look at</tr>
 {% for m in g.marks %}<tr><td class="n">{{ m.grade_id }}<td class="n">{{ "%g"|format(m.points) }} of {{ "%g"|format(m.max_points) }}<td class="n {{ "ok" if m.reason == "ok" else "no" }}">{{ said[m.reason] }}<td>{{ m.message }}</tr>
 {% endfor %}</table>{% else %}<p class="no">It {{ said[g.reason] }}: {{ g.message }}.</p>{% endif %}
-{% if g.audit %}<div class="note"><p>Some cells of the course were not as they were handed out. That cost no points:</p><ul>{% for a in g.audit %}<li>{{ a }}{% endfor %}</ul></div>{% endif %}
+{% if g.audit %}<div class="note"><p>Some cells of the course were not as they were handed out. That cost no points:</p><ul>{% for what, cells in changes(g.audit) %}<li>{{ cells|join(", ") }}: {{ what }}{% endfor %}</ul></div>{% endif %}
 {% endfor %}</html>
 """
 
@@ -112,6 +112,14 @@ def table(rows: Iterable[Sequence[Any]]) -> str:
     return out.getvalue()
 
 # %% ../../notebooks/9_course/107_reports.ipynb #c107a016
+def _changes(audit: Iterable[str]) -> list[tuple[str, list[str]]]:
+    "What was changed, with the cells to which it happened."
+    found = dict[str, list[str]]()
+    for cell, what in (a.split(" ", 1) for a in audit):
+        found.setdefault(what, []).append(cell)
+    return list(found.items())
+
+
 def _tables(results: Sequence[Graded]) -> dict[str, str]:
     graded = [g for g in results if g.max_score]
     questions = sorted({(g.exercise, m.grade_id) for g in graded for m in g.marks})
@@ -142,7 +150,7 @@ def write_exports(
     for student in sorted({g.student for g in results}):
         own = [g for g in results if g.student == student]
         sums = {"final": round(sum(g.final for g in own), 2), "most": sum(g.max_score for g in own)}
-        texts[f"feedback/{safe_name(student)}.html"] = template.render(student=student, graded=own, said=SAID, **sums)
+        texts[f"feedback/{safe_name(student)}.html"] = template.render(student=student, graded=own, said=SAID, changes=_changes, **sums)
     (folder / "feedback").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", errors="replace")

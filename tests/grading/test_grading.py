@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -77,6 +81,41 @@ def test_an_interrupted_run_goes_on_where_it_stopped(class_folder: Path, tmp_pat
     assert len(rest) == 2
 
 
+GRADER = """
+import os, sys
+from pathlib import Path
+from mlops_lib.course.grading import find_submissions, grade_class, read_exercise
+from mlops_lib.course.reports import write_exports
+from mlops_lib.course.sandbox import Limits
+root, folder, out, names, stop = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(), int(sys.argv[5])
+told = []
+def tell(graded):
+    told.append(graded)
+    if len(told) == stop:
+        os.kill(os.getpid(), 9)
+exercises = [read_exercise(root / "solutions" / f"{n}.ipynb", root / "exercises" / f"{n}.ipynb") for n in names]
+write_exports(grade_class(find_submissions(folder), exercises, root, out / "grades.db", Limits(seconds=20), workers=1, tell=tell), out)
+print(len(told))
+"""
+
+
+def test_killed_and_begun_again_gives_the_same_files(class_folder: Path, tmp_path: Path) -> None:
+    (class_folder / "gina.ipynb").write_text("no notebook")
+
+    def run(out: str, stop: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", GRADER, str(ROOT), str(class_folder), str(tmp_path / out), " ".join(REAL), str(stop)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("killed", 2).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "grades.csv").exists()
+    again, whole = run("killed", 0), run("whole", 0)
+    assert (again.returncode, whole.returncode) == (0, 0), again.stderr + whole.stderr
+    assert (again.stdout, whole.stdout) == ("2\n", "4\n"), "what was graded is not graded again"
+    files = [{str(p.relative_to(tmp_path / out)): p.read_bytes() for p in (tmp_path / out).rglob("*") if p.is_file() and "grades.db" not in p.name} for out in ("killed", "whole")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4 + 3
+
+
 def zipped(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -102,9 +141,16 @@ def test_what_is_handed_in_is_found(tmp_path: Path) -> None:
     assert set(found) == {"deep", "flat", "packed", "broken", "bomb", "linked"}
     assert found["deep"].body == found["flat"].body == found["packed"].body == body
     assert all(found[who].problem and not found[who].body for who in ("broken", "bomb", "linked"))
+    assert found["deep"].clock == found["packed"].clock == "file"
+    (tmp_path / "deep" / "timestamp.txt").write_text("2026-11-30 20:00:00.250000 UTC\n")
+    os.utime(tmp_path / "flat.ipynb", (0, 0))
+    found = {s.student: s for s in find_submissions(tmp_path)}
+    assert (found["deep"].when, found["deep"].clock) == ("2026-11-30T20:00:00.250000+00:00", "timestamp.txt")
+    assert (found["flat"].when, found["flat"].clock) == ("1970-01-01T00:00:00+00:00", "file")
     whole = tmp_path / "class.zip"
     whole.write_bytes(zipped({"anna/0_start/00_settings.ipynb": body, "ben.ipynb": body}))
     assert [s.student for s in find_submissions(whole)] == ["anna", "ben"]
+    assert {s.clock for s in find_submissions(whole)} == {"zip"}
 
 
 def test_nothing_to_grade_is_said(tmp_path: Path) -> None:

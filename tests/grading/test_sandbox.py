@@ -1,6 +1,9 @@
 """Hostile code in a sandbox: nothing changes outside, nothing is read, nothing is left."""
 
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +215,51 @@ def test_an_answer_to_the_question(value: object, error: object) -> None:
     outcome = read_answer({"id": "asked", "value": value, "error": error}, "asked")
     assert outcome.kind in ("ok", "error", "tampering", "memory")
     assert outcome.value is None or error is None
+
+
+
+ANYWHERE = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from mlops_lib.course.sandbox import Limits, Sandbox, SandboxError
+secret, strict = sys.argv[1], sys.argv[2] == "strict"
+try:
+    sandbox = Sandbox(limits=Limits(seconds=20, memory=400 << 20), strict=strict)
+except SandboxError as e:
+    print("refused", e)
+    raise SystemExit
+with sandbox, sandbox.box() as box:
+    box.run(f"def f():\\n import os\\n try: open({secret!r}).read(); seen = True\\n except OSError: seen = False\\n return [1 + 1, os.getuid(), seen]")
+    print("isolated" if sandbox.isolated else "limits", *box.run("", "plain", call="f").value)
+"""
+# nobody, who can read the Python that root has installed in root's home
+AS_NOBODY = "mount --make-rprivate / && mkdir {1} && mount --bind {0} {1} && mount -t tmpfs -o mode=755 tmpfs /root && mkdir -p {0} && mount --bind {1} {0} && "
+NOBODY = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.environ['HOME'] = '/tmp'; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+def run_as(how: list[str]) -> list[str]:
+    done = subprocess.run(how, capture_output=True, text=True, cwd="/", timeout=300)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"not run: {done.stderr.strip()[:200]}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="not run: there is no program unshare")
+@pytest.mark.parametrize("how", ["strict", "fall back"])
+def test_where_namespaces_are_forbidden_strict_refuses(how: str, world: Path) -> None:
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"'
+    told = run_as(["unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh", sys.executable, "-c", ANYWHERE, str(world / "secret.txt"), how])
+    assert told[0] == ("refused" if how == "strict" else "limits"), told
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="not run: only root can become another user; without root all tests here are this one")
+def test_without_root_a_box_is_isolated_or_refused(world: Path) -> None:
+    for folder in (world, *world.parents):
+        if "pytest" in folder.name:
+            folder.chmod(0o755)
+    home = Path(sys.base_prefix)
+    prepare = AS_NOBODY.format(home, world / "python") if home.is_relative_to("/root") else ""
+    program = ["sh", sys.executable, "-c", NOBODY, "-c", ANYWHERE, str(world / "secret.txt"), "strict"]
+    told = run_as(["unshare", "--mount", "sh", "-c", f'{prepare}exec "$@"', *program])
+    assert told[0] == "refused" or told == ["isolated", "2", "65534", "False"], told

@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +230,13 @@ KIND = ("AssertionError", "NotImplementedError")  # what a student may see in an
 
 @dataclass(frozen=True)
 class ExerciseCheck:
-    "Whether an exercise works: its problems in words (none is good), the marks of both runs, and what is still to do."
+    "Whether an exercise works: its problems in words (none is good), and the marks of both runs."
 
     name: str
     points: float
     solved: float
     unsolved: float
     problems: list[str]
-    notes: list[str] = field(default_factory=list)
 
 
 def check_exercise(
@@ -256,11 +255,10 @@ def check_exercise(
     if not full:
         problems.append("there is no graded cell")
     missing, wrong = hint_problems(solution)
-    problems += wrong
-    notes = [f"{question} has no HINTS" for question in missing]
+    problems += [*(f"{question} has no HINTS" for question in missing), *wrong]
     solved, unsolved = (sum(g.points for g in run if g.error is None) for run in (full, empty))
     name, points = f"{solution.parent.name}/{solution.stem}", sum(g.points for g in full)
-    return ExerciseCheck(name, points, solved, unsolved, problems, notes)
+    return ExerciseCheck(name, points, solved, unsolved, problems)
 
 # %% ../../notebooks/9_course/93_exercises.ipynb #17464ddc
 def solutions(

@@ -20,6 +20,7 @@ from nbformat.v4 import new_code_cell
 from support import short
 
 from mlops_lib.course.exercises import hint_problems, release, solutions
+from mlops_lib.course.grading import LIMITS, Submission, grade, parent_for, read_exercise
 from mlops_lib.course.pipeline import ENVIRONMENT, ipc_config
 from mlops_lib.course.students import (
     Exercise,
@@ -366,3 +367,14 @@ def test_the_record_of_a_newer_sqlite_error_is_no_traceback(workspace: Settings,
 
     monkeypatch.setattr("mlops_lib.course.students.record_marks", locked)
     assert "database is locked" in check("double", {}, at=workspace).below[-1]
+
+
+def test_a_notebook_that_is_handed_in_with_its_checks_costs_nothing() -> None:
+    name = "0_start/00_settings"
+    exercise = read_exercise(ROOT / "solutions" / f"{name}.ipynb", ROOT / "exercises" / f"{name}.ipynb")
+    notebook = nbformat.read(ROOT / "solutions" / f"{name}.ipynb", as_version=4)
+    helped = "from mlops_lib.course.students import check, hint, progress\nassert all((check(), hint('test-1'), progress()))"
+    notebook.cells += [new_code_cell(helped), *nbformat.read(ROOT / "exercises" / f"{name}.ipynb", as_version=4).cells[-1:]]
+    with parent_for(exercise, ROOT, LIMITS) as sandbox:
+        graded = grade(Submission("s", "x.ipynb", nbformat.writes(notebook).encode()), exercise, sandbox)
+    assert (graded.score, graded.reason) == (graded.max_score, "ok"), graded

@@ -487,7 +487,7 @@ class Rule(NamedTuple):
 
 def _happened(series: str, window: str, step: str = "") -> str:
     "Has a counter grown? A series that was born in the meantime, with its first event, has no increase yet."
-    return f"(increase({series}[{window}{step}]) > 0 or ({series} unless {series} offset {window}))"
+    return f"(increase({series}[{window}{step}]) > 0 or ({series} > 0 unless {series} offset {window}))"
 
 
 RECORDED = {

@@ -597,11 +597,14 @@ def create_app(
         raise ApiError(f"Limits are positive, not {limits}.")
     mine = predictor is None
     predictor = predictor or Predictor(model, store=store, every=every)
+    numbers = Telemetry()
     if traffic is True:
-        from mlops_lib.serving.experiment import Traffic
+        from mlops_lib.serving.experiment import LOST, REQUESTS, Traffic
 
         traffic = Traffic(predictor.name, store=predictor.store, bus=bus, every=every, prepare=predictor.load)
-    service = Service(predictor, limits, Telemetry(), traffic, BusWatch(bus, every) if bus is not None else None)
+        for of_experiments in (REQUESTS, LOST):  # counted in this process, too
+            numbers.registry.register(of_experiments)
+    service = Service(predictor, limits, numbers, traffic, BusWatch(bus, every) if bus is not None else None)
 
     @asynccontextmanager
     async def alive(app: FastAPI) -> Any:

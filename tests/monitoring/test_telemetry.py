@@ -383,6 +383,7 @@ CASES: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [  # alert,
     ("TrainingFailed", {'training_completed_total{framework="sklearn", status="failed"}': "1x50 2x60"}, "55m", [{"framework": "sklearn"}]),
     ("TrainingFailed", {'training_completed_total{framework="sklearn", status="failed"}': "_x10 1x60"}, "60m", []),
     ("TrainingFailed", {'training_completed_total{framework="sklearn", status="completed"}': "0+1x60"}, "60m", []),
+    ("TrainingFailed", {'training_completed_total{framework="sklearn", status="failed"}': "_x10 0x60"}, "15m", []),  # a service that has just begun
     ("InferenceSlow", {'inference_duration_seconds_bucket{le="0.1"}': "0+90x30", 'inference_duration_seconds_bucket{le="1.0"}': "0+100x30", 'inference_duration_seconds_bucket{le="+Inf"}': "0+100x30"}, "20m", [{}]),
     ("InferenceSlow", {'inference_duration_seconds_bucket{le="0.1"}': "0+100x30", 'inference_duration_seconds_bucket{le="+Inf"}': "0+100x30"}, "20m", []),
     ("RagSlow", {'rag_query_duration_seconds_bucket{kind="answer", le="2.0"}': "0+50x30", 'rag_query_duration_seconds_bucket{kind="answer", le="10.0"}': "0+100x30", 'rag_query_duration_seconds_bucket{kind="answer", le="+Inf"}': "0+100x30"}, "20m", [{"kind": "answer"}]),
@@ -682,6 +683,8 @@ def test_prometheus_scrapes_the_services_and_answers_for_each_metric(workspace: 
         sender = Deliverer(webhook.url, prometheus)
         fire = {"DriftDetected", "TrainingFailed", "ModelLoadFailed"}
         until(lambda: sender.look() and {b["groupLabels"]["alertname"] for b in webhook.bodies} >= fire, "the alerts are told")
+        failed = [a["labels"]["framework"] for b in webhook.bodies for a in b["alerts"] if a["labels"]["alertname"] == "TrainingFailed"]
+        assert set(failed) == {"sklearn"}, "and only of what has happened"
         unwatch("portal", portal)
         until(lambda: "portal" not in {s.labels["service"] for s in query('up{job="mlops"}', prometheus)}, "the portal is forgotten")
 

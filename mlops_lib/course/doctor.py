@@ -526,7 +526,10 @@ class Stop:
 
 
 def _prose(path: Path) -> list[str]:
-    cells = json.loads(path.read_text("utf-8"))["cells"]
+    try:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path} is not a notebook: {e!r}") from None
     return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
 
 

@@ -67,7 +67,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return False
 
     try:
-        until(answers, "JupyterLab answers", log, seconds=120)
+        until(answers, "JupyterLab answers", log)
         yield f"{url}/?token={environ['JUPYTER_TOKEN']}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)

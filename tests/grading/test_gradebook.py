@@ -140,7 +140,7 @@ def test_formgrader_shows_the_class(tmp_path: Path, exercises: list[Exercise]) -
         shown = {s["student"]: (s["score"], s["max_score"], s["autograded"], s["needs_manual_grade"]) for s in found if s["submitted"]}
         assert shown["anna"] == (10, 10, True, False)
         assert sorted(s[:2] for s in shown.values()) == [(0, 10), (2, 10), (10, 10)]
-        notebooks = get("api/notebook_submissions/0_start/00_settings")
+        notebooks = get("api/submitted_notebooks/0_start/00_settings")
         (ben,) = (n for n in notebooks if n["student"].startswith("ben"))
         page = get(f"submissions/{ben['id']}/")
         assert "nbgrader-test-2" in page or "test-2" in page

@@ -409,7 +409,8 @@ def inputs(
         found |= {path for path in library.root.glob(pattern) if ".ipynb_checkpoints" not in path.parts}
     if f"{PACKAGE}.settings" in modules:
         found |= {p for p in [library.root / "settings.ini"] if p.is_file()}
-    return (found | {path for path, users in library.data.items() if users & set(modules)}) - {lesson.path}
+    own = {name.rpartition("/")[2] for name in lesson.files}  # a lesson that exports a module names its data, too
+    return (found | {path for path, users in library.data.items() if users & set(modules) or path.name in own}) - {lesson.path}
 
 # %% ../../notebooks/9_course/105_graph.ipynb #d3f51db6
 def installed() -> str:

@@ -406,7 +406,8 @@ class KernelChoice:
         "The kernel `mlops` if its server is ready; else a plain one, while the server starts."
         from mlops_lib.course import kernels
 
-        kernel, why = "mlops", ""
+        kernel = "mlops"
+        why = ""
         try:
             if self.fresh:
                 raise kernels.KernelServerError("asked for")

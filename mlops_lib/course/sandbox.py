@@ -499,7 +499,11 @@ class Sandbox:
     def close(self) -> None:
         "End the parent; boxes that are open end with their own close."
         self._conn.close()
-        self._parent.wait(20)
+        try:
+            self._parent.wait(20)
+        except subprocess.TimeoutExpired:  # on a machine that is busy it may not have noticed
+            self._parent.kill()
+            self._parent.wait()
         self.folder.cleanup()
 
     def __enter__(self) -> Self:

@@ -727,5 +727,6 @@ def serve_documents(
 ) -> None:
     "Be a service for documents: run until SIGTERM or Ctrl-C."
     with Library(folder, index) as library:
-        named, options = names or ("history", "classifying", "indexing"), {"classifying": {"library": library, "classify": classify}, "indexing": {"library": library}}
+        named = names or ("history", "classifying", "indexing")
+        options: dict[str, dict[str, Any]] = {"classifying": {"library": library, "classify": classify}, "indexing": {"library": library}}
         serve_worker(*named, options={name: options[name] for name in named if name in options}, **about)

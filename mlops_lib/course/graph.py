@@ -174,6 +174,7 @@ class Lesson:
     code: str  # a digest of its code cells
     names: tuple[str, ...] = ()  # modules that its strings name
     files: tuple[str, ...] = ()  # files and folders of the workspace that its strings name
+    told: bool = False  # a line `#| reads: ...` names them: nothing is guessed
 
     @property
     def name(self) -> str:
@@ -213,6 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
         "code": hashlib.sha256(json.dumps([[ast.dump(tree), tags] for tree, tags in trees]).encode()).hexdigest(),
         "names": [*found.names, *([f"{PACKAGE}.**"] if whole else [])],
         "files": [f for line in said for f in line.split() if f != "nothing"] if said else found.files,
+        "told": bool(said),
     }  # fmt: skip
 
 
@@ -401,7 +403,7 @@ def inputs(
     named = {f for module in modules for f in library.source(module).files if f.split("/")[0] not in FOLDERS} | set(lesson.files)
     for name in lesson.imports:
         module, _, function = name.rpartition(".")
-        if module in library.modules and not any(f.split("/")[0] in FOLDERS for f in lesson.files):
+        if module in library.modules and not lesson.told and not any(f.split("/")[0] in FOLDERS for f in lesson.files):
             named |= set(library.source(module).readers.get(function, ()))
     found = {path for name in named for path in library.workspace.get(name.rpartition("/")[2], [])}
     for name in (n for n in named if n.split("/")[0] in FOLDERS):

@@ -200,7 +200,7 @@ class Graded:
 def run_graded(
     path: Path,  # a notebook with nbgrader metadata
     cwd: Path,  # the folder it works in
-    timeout: int = 60,  # seconds a cell may take
+    timeout: int = 300,  # seconds a cell may take; imports alone take a minute on a busy machine
 ) -> list[Graded]:
     "Run a notebook in a fresh kernel, going on after errors, and tell how each graded cell ended."
     import nbformat  # two seconds to import, which every exercise would pay

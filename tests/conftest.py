@@ -1,7 +1,10 @@
 """Every test runs on a data folder of its own: the workspace's data is never read or written."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,6 +25,20 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it says on standard er
 
 settings.register_profile("workspace", deadline=None)  # on a busy machine any example may take long
 settings.load_profile("workspace")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    "A headless Chromium, for the tests of pages."
+    from playwright.sync_api import sync_playwright
+    from support import not_run
+
+    if not (program := shutil.which("chromium")):
+        not_run("not run: chromium is not installed (apt-get install -y chromium)")
+    with sync_playwright() as p:
+        one = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield one
+        one.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from support import not_run, until
+from playwright.sync_api import Browser, Locator, Page, expect
+from support import until
 
 from mlops_lib.course import kernels
 from mlops_lib.servers import free_port
@@ -25,16 +25,6 @@ ROOT = Path(__file__).parents[2]
 EXERCISE = "0_start/01_logs"
 PATIENCE = 180_000  # milliseconds; on a quiet machine each wait is a second or two
 expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not (program := shutil.which("chromium")):
-        not_run("not run: chromium is not installed (apt-get install -y chromium)")
-    with sync_playwright() as p:
-        one = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield one
-        one.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from support import not_run, private
+from playwright.sync_api import Browser, Locator, Page, expect
+from support import private
 
 from mlops_lib.rag.documents import Library, platform
 from mlops_lib.rag.index import Index
@@ -32,16 +31,6 @@ def by_words(text: str) -> Any:
     if "unclassifiable" in text:
         raise ValueError("nobody knows what this is")
     return SimpleNamespace(category="legal" if "contract" in text else "business", confidence=0.9, version="test")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not (program := shutil.which("chromium")):
-        not_run("not run: chromium is not installed (apt-get install -y chromium)")
-    with sync_playwright() as p:
-        one = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield one
-        one.close()
 
 
 @pytest.fixture(params=["embedded", "stack"])

@@ -1,7 +1,11 @@
-"""How fast is grading, and does a whole class come through? A toy class against nbgrader; a class of generated students end to end.
+"""How fast is grading, and does a whole class come through? A toy class against nbgrader and otter; a class of generated students.
 
-python benchmarks/grading.py                         a class of 10 with 3 notebooks each, ours and nbgrader's, in one run
+python benchmarks/grading.py [--otter PYTHON]        a class of 10 with 3 notebooks each, ours and theirs, in one run
 python benchmarks/grading.py --class 100 --out DIR   100 students over many exercises, graded by `mlops grade`
+
+--otter is the Python of an environment of its own with otter in it:
+
+python3 -m venv /tmp/otter && /tmp/otter/bin/pip install otter-grader ipykernel "setuptools<81"
 """
 
 import argparse
@@ -20,7 +24,6 @@ import time
 import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +77,48 @@ def toy_course(root: Path) -> None:
         path.write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
 
 
-def compare_toys(students: int = 10) -> bool:
-    "Ours and nbgrader's, one after the other, on the same notebooks."
+OTTER = """
+import json, sys, time
+from pathlib import Path
+from otter.api import grade_submission
+from otter.assign import main as assign
+
+root, students, seconds = Path(sys.argv[1]), int(sys.argv[2]), 0.0
+scores = [0.0] * students
+raw = lambda source: {"cell_type": "raw", "metadata": {}, "source": source}
+code = lambda source: {"cell_type": "code", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+for name, solution, seen, hidden in json.loads(sys.argv[3]):
+    cells = [
+        raw("# ASSIGNMENT CONFIG\\nexport_cell: false\\ngenerate: true"), raw(f"# BEGIN QUESTION\\nname: {name}\\npoints: 2"),
+        {"cell_type": "markdown", "metadata": {}, "source": name}, raw("# BEGIN SOLUTION"),
+        code(f"def {name}(xs):\\n    # BEGIN SOLUTION\\n    return {solution}\\n    # END SOLUTION"), raw("# END SOLUTION"),
+        raw("# BEGIN TESTS"), code(f"assert {name}([1, 2, 3]) == {seen}"), code(f"# HIDDEN\\nassert [{name}([5, 1, 4]), {name}([2.5])] == {hidden}"),
+        raw("# END TESTS"), raw("# END QUESTION"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    (root / f"{name}.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}))
+    assign(root / f"{name}.ipynb", root / name, no_run_tests=True, no_pdfs=True)
+    packed = next((root / name / "autograder").glob("*.zip"))
+    for i in range(students):
+        start = time.perf_counter()
+        side = "student" if i % 3 == 2 else "autograder"
+        scores[i] += grade_submission(str(root / name / side / f"{name}.ipynb"), str(packed), quiet=True).total
+        seconds += time.perf_counter() - start
+print(json.dumps([seconds, scores]))
+"""
+
+
+def otter(python: str, students: int) -> tuple[float, list[float]]:  # seconds, the points of each student
+    "otter run, not isolated, on the same answers in its own format."
+    with tempfile.TemporaryDirectory(prefix="otter-") as folder:
+        command = [python, "-W", "ignore", "-c", OTTER, folder, str(students), json.dumps(TOYS)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, scores = json.loads(done.stdout.splitlines()[-1])
+    return seconds, scores
+
+
+def compare_toys(other: str | None, students: int = 10) -> bool:
+    "Ours, nbgrader's and otter's, one after the other, on the same answers."
     import nbgrader.apps  # both need it; neither is charged for it
     from traitlets.config import Config
 
@@ -108,11 +151,16 @@ def compare_toys(students: int = 10) -> bool:
         theirs = (time.perf_counter() - start) / notebooks
         with api.gradebook as book:
             scores = {f"student-{i}": book.find_submission("toy", f"student-{i}").score for i in range(students)}
-        same = all(sum(g.score for g in results if g.student == s) == score for s, score in scores.items())
-    print(f"{notebooks} notebooks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; the same points: {same}")
+        mine = {s: sum(g.score for g in results if g.student == s) for s in scores}
+        same = mine == scores
+    print(f"{notebooks} notebooks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"ours, isolated, tables, pages and gradebook   {ours:.3f} s a notebook   mark ≤ {MARK} s: {'met' if ours <= MARK else 'MISSED'}")
     print(f"nbgrader autograde, not isolated              {theirs:.3f} s a notebook   ours takes {ours / theirs:.3f} of it")
-    print("otter: not installed" if find_spec("otter") is None else "otter: installed; it wants other notebooks, so it is not compared")
+    if other:
+        seconds, points = otter(other, students)
+        same &= points == list(mine.values())
+        print(f"otter run, not isolated                       {seconds / notebooks:.3f} s a notebook   ours takes {ours * notebooks / seconds:.3f} of it")
+    print(f"the same points: {same}")
     return same and ours <= MARK
 
 
@@ -251,12 +299,13 @@ def run_class(students: int, out: Path, every: int, seconds: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--otter", metavar="PYTHON", help="Python of an environment that has otter")
     parser.add_argument("--class", dest="students", type=int, help="grade a generated class of so many")
     parser.add_argument("--out", type=Path, help="folder for the class and its grades [a temporary one]")
-    parser.add_argument("--every", type=int, default=3, help="take every n-th exercise")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th exercise")
     parser.add_argument("--seconds", type=float, default=30, help="for one cell")
     args = parser.parse_args()
-    good = run_class(args.students, args.out or Path(tempfile.mkdtemp(prefix="class-")), args.every, args.seconds) if args.students else compare_toys()
+    good = run_class(args.students, args.out or Path(tempfile.mkdtemp(prefix="class-")), args.every, args.seconds) if args.students else compare_toys(args.otter)
     sys.exit(not good)
 
 

@@ -36,7 +36,7 @@ from langchain_core.embeddings import Embeddings  # noqa: E402
 from langchain_text_splitters import RecursiveCharacterTextSplitter  # noqa: E402
 
 from mlops_lib.data.embedding import DIMENSIONS, embed  # noqa: E402
-from mlops_lib.rag.answers import SURE, quotes, support  # noqa: E402
+from mlops_lib.rag.answers import SURE, support  # noqa: E402
 from mlops_lib.rag.evaluation import (  # noqa: E402
     Evaluation,
     Question,
@@ -225,11 +225,7 @@ def tables(found: dict[str, Evaluation]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def sureness(view: View, questions: list[Question]) -> list[float]:
     "What answer() goes by: the support of each question."
-    scores = []
-    for question in questions:
-        hits = search(view, question.text, 8)
-        scores.append(support(view, question.text, hits, quotes(view, question.text, hits)))
-    return scores
+    return [support(view, question.text, search(view, question.text, 8)) for question in questions]
 
 
 def quality(view: View, questions: list[Question], say: Callable[[Any], None]) -> tuple[dict[str, Any], dict[str, bool]]:

@@ -257,7 +257,7 @@ def test(ctx: click.Context, pytest_args: tuple[str, ...]) -> None:
 
     ctx.invoke(run)
     ctx.invoke(exercises_check)
-    spread = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]  # a file's servers and models are made once
+    spread = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--durations=25", "--durations-min=5"]  # a file's servers and models are made once
     raise SystemExit(subprocess.run([sys.executable, "-m", "pytest", *spread, *pytest_args]).returncode)
 
 

@@ -47,6 +47,7 @@ def grade(
 ) -> None:
     "Grade a class: a folder or zip with a folder, a zip or a notebook for each student."
     from mlops_lib.course import grading, reports
+    from mlops_lib.course.exercises import read_hints
     from mlops_lib.course.sandbox import SandboxError
     from mlops_lib.settings import settings
 
@@ -64,7 +65,7 @@ def grade(
     except (grading.GradingError, SandboxError) as e:
         fail(e)
     results = reports.with_penalties(results, found, rule) if rule else results
-    written = reports.write_exports(results, out)
+    written = reports.write_exports(results, out, {e.name: read_hints(settings.root / "solutions" / f"{e.name}.ipynb") for e in exercises})
     if similarity:
         from mlops_lib.course.similarity import write_similarity
 

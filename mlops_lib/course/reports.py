@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
@@ -89,7 +89,8 @@ h2{margin-top:2rem}.note{color:#555;font-size:.9em}</style>
 {% for g in graded %}<h2>{{ g.exercise }}: {{ "%g"|format(g.final) }} of {{ "%g"|format(g.max_score) }} points</h2>
 {% if g.penalty %}<p>Your work got {{ "%g"|format(g.score) }} points, less {{ "%g"|format(g.penalty) }} because it came late ({{ g.when|replace("T", " ")|replace("+00:00", " UTC") }}).</p>{% endif %}
 {% if g.marks %}<table><tr><th class="n">Question<th class="n">Points<th class="n">Result<th>What to look at</tr>
-{% for m in g.marks %}<tr><td class="n">{{ m.grade_id }}<td class="n">{{ "%g"|format(m.points) }} of {{ "%g"|format(m.max_points) }}<td class="n {{ "ok" if m.reason == "ok" else "no" }}">{{ said[m.reason] }}<td>{{ m.message }}</tr>
+{% for m in g.marks %}<tr><td class="n">{{ m.grade_id }}<td class="n">{{ "%g"|format(m.points) }} of {{ "%g"|format(m.max_points) }}<td class="n {{ "ok" if m.reason == "ok" else "no" }}">{{ said[m.reason] }}<td>{{ m.message }}
+{%- if m.reason != "ok" and hints.get(g.exercise, {}).get(m.grade_id) %}<p class="note">Hint: {{ hints[g.exercise][m.grade_id][0] }}</p>{% endif %}</tr>
 {% endfor %}</table>{% else %}<p class="no">It {{ said[g.reason] }}: {{ g.message }}.</p>{% endif %}
 {% if g.audit %}<div class="note"><p>Some cells of the course were not as they were handed out. That cost no points:</p><ul>{% for what, cells in changes(g.audit) %}<li>{{ cells|join(", ") }}: {{ what }}{% endfor %}</ul></div>{% endif %}
 {% endfor %}</html>
@@ -140,6 +141,7 @@ def _tables(results: Sequence[Graded]) -> dict[str, str]:
 def write_exports(
     results: Sequence[Graded],
     folder: Path,
+    hints: Mapping[str, Mapping[str, Sequence[str]]] | None = None,  # exercise -> question -> its hints; the first is told
 ) -> dict[str, Path]:  # what was written
     "Write class table, platform table, changed cells, JSON and a page for each student: the same results, the same bytes."
     from jinja2 import Environment
@@ -150,7 +152,7 @@ def write_exports(
     for student in sorted({g.student for g in results}):
         own = [g for g in results if g.student == student]
         sums = {"final": round(sum(g.final for g in own), 2), "most": sum(g.max_score for g in own)}
-        texts[f"feedback/{safe_name(student)}.html"] = template.render(student=student, graded=own, said=SAID, changes=_changes, **sums)
+        texts[f"feedback/{safe_name(student)}.html"] = template.render(student=student, graded=own, said=SAID, hints=hints or {}, changes=_changes, **sums)
     (folder / "feedback").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", errors="replace")

@@ -96,6 +96,13 @@ def test_changed_cells_are_listed_and_told_kindly(tmp_path: Path) -> None:
     assert "look <here>" not in texts["feedback/anna.html"], "messages are text"
 
 
+def test_the_page_tells_the_first_hint_of_what_is_not_right(tmp_path: Path) -> None:
+    hints = {"part/name": {"test-1": ["not <asked> for", "second"], "test-2": ["define <x> first", "second"]}, "part/other": {"test-2": ["of another"]}}
+    page = write_exports([graded("anna")], tmp_path, hints)["feedback/anna.html"].read_text()
+    assert "Hint: define &lt;x&gt; first" in page
+    assert not [text for text in ("not <asked>", "not &lt;asked", "second", "of another") if text in page]
+
+
 NAMES = st.text(min_size=1, max_size=80)
 
 

@@ -29,6 +29,7 @@ from mlops_lib.rag.answers import (
     fill_prompt,
     language_model,
     sentence_spans,
+    support,
     take_sources,
 )
 from mlops_lib.rag.index import Index, IndexingError
@@ -211,6 +212,13 @@ def test_a_sentence_that_a_chunk_cuts_is_quoted_whole(tmp_path):
 def test_what_is_not_there_is_not_answered(index, question):
     found = answer(index, question, model="extractive")
     assert not found.found and found.text == NOT_FOUND and found.quotes == () and 0 <= found.support < SURE
+
+
+def test_what_a_question_names_has_to_stand_in_a_passage(index):
+    sure = lambda question: support(index.view(), question, search(index, question, 8))
+    assert sure("What does express delivery cost with Bitcoin?") < sure("What does express delivery cost with bitcoin?")
+    assert sure("What does Express delivery cost?") > SURE and sure(EXPRESS.upper()) > SURE
+    assert sure("The of and?") == 0 == support(index.view(), EXPRESS, []) and 0 <= sure("x" * 9_000) < SURE
 
 
 def test_views_filters_and_empty_indexes(index, tmp_path):

@@ -1,10 +1,10 @@
 """What alarms keep of the gain of training again for every window, and what they cost, by simulation with known drifts.
 
-python benchmarks/retraining.py [--seeds 3] [--first 0] [--windows 32] [--cooldown 1] [--backoff 1] [--only DRIFT] [--jobs 1] [--json]
+python benchmarks/retraining.py [--seeds 3] [--first 0] [--windows 32] [--cooldown 1] [--backoff 1.2] [--only DRIFT] [--jobs 1] [--json]
 
 A model is trained on the first 8 windows. For each later window three marks (weighted F1) are taken: of the model that stays as it is,
 of one that is trained again after every window, and of one that is trained again when the monitor of lesson 75 raises an alarm and the
-policy of lesson 76 allows it (so many windows from one to the next, at least; --backoff 2: longer after models that were refused), and put into
+policy of lesson 76 allows it (so many windows from one to the next, at least; so many times as long after each that was refused), and put into
 service when the gate's test lets it through. All learn from the rows of the newest 8 windows, with the same settings. The marks, on the
 mean of the seeds: 90 % or more of the gain with half of the trainings or fewer, over all drifts together; and without any drift one
 training in ten windows at most. One drift and seed takes a minute and a half on one free core; `--first` gives other seeds.
@@ -146,7 +146,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--cooldown", type=int, default=1, help="windows from one retraining to the next, at least")
-    parser.add_argument("--backoff", type=float, default=1.0, help="times as long after each model in a row that was refused")
+    parser.add_argument("--backoff", type=float, default=Policy().backoff, help="times as long after each model in a row that was refused")
     parser.add_argument("--only", choices=DRIFTS)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", action="store_true")

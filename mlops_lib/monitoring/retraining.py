@@ -56,7 +56,7 @@ class Policy:
     "When a retraining may begin."
 
     cooldown_hours: float = 6.0  # after the last one was asked for
-    backoff: float = 1.0  # times as long after each model in a row that was refused, where answers are not known to be worse; 1: never longer
+    backoff: float = 1.2  # times as long after each model in a row that was refused, where answers are not known to be worse; 1: never longer
     per_day: int = 4  # in any 24 hours
     severity: Literal["low", "medium", "high"] = "low"  # weaker alarms ask for nothing
     schedule_hours: float | None = None  # without any alarm, after so long; None: never

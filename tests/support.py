@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
+from mlops_lib.events.schema import DataIngested
 from mlops_lib.servers import SERVICES, Server, find_program, server
 
 LONG = os.environ.get("MLOPS_LONG") == "1"  # `make test-all`
@@ -51,3 +52,9 @@ def until(condition: Callable[[], Any], what: str, *logs: Path, seconds: float =
             pytest.fail(f"Not within {seconds:g} s: {what}\n{told}")
         time.sleep(0.02)
     return found
+
+
+def an_event(number: int = 0, story: str | None = None) -> DataIngested:
+    more = {"correlation_id": story} if story else {}
+    payload = {"dataset_id": f"d{number}", "dataset_path": "d.parquet", "num_samples": number}
+    return DataIngested(source_service="test", payload=payload, **more)

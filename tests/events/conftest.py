@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import private
+from support import an_event, private
 
 from mlops_lib.events.bus import Bus, connect
-from mlops_lib.events.schema import DataIngested, Event
+from mlops_lib.events.schema import Event
 from mlops_lib.servers import Server
 
 SCHEMES = ["memory", "sqlite", "redis", "amqp", "kafka"]
@@ -84,9 +84,3 @@ def bus(make_bus: Callable[..., Bus]) -> Bus:
 @pytest.fixture
 def event() -> Callable[..., Event]:
     return an_event
-
-
-def an_event(number: int = 0, story: str | None = None) -> DataIngested:
-    more = {"correlation_id": story} if story else {}
-    payload = {"dataset_id": f"d{number}", "dataset_path": "d.parquet", "num_samples": number}
-    return DataIngested(source_service="test", payload=payload, **more)

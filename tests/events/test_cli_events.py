@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import an_event
+from support import an_event
 
 from mlops_lib.cli import cli
 from mlops_lib.events.bus import connect

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import an_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support import an_event
 
 from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.consumer import Lanes, takes_transaction, wait_before

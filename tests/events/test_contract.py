@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
-from conftest import an_event
+from support import an_event
 
 from mlops_lib.events.bus import Bus, connect
 from mlops_lib.events.schema import DataIngested, DriftDetected, EventError, ModelDeployed, ModelRegistered

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import private
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import private
 
 from mlops_lib.events.bus import connect
 from mlops_lib.events.history import _LATEST, _NEXT_TYPE, History, HistoryError, SqliteStore, Story

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import an_event
+from support import an_event
 
 from mlops_lib.events import kafka
 from mlops_lib.events.bus import Bus, connect

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import an_event
 from small_disk import small_disk
+from support import an_event
 
 from mlops_lib.events import outbox
 from mlops_lib.events.bus import Bus, connect

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pika
 import pytest
-from conftest import an_event
+from support import an_event
 
 from mlops_lib.events.bus import connect
 from mlops_lib.events.rabbitmq import RabbitTransport

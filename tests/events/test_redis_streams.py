@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import an_event, private
+from support import an_event, private
 
 from mlops_lib.events.bus import connect
 from mlops_lib.events.redis_streams import RedisTransport, _explained

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
-from conftest import an_event
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
+from support import an_event
 
 from mlops_lib.events import schema as s
 from mlops_lib.events.schema import (

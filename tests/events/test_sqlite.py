@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import an_event
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_disk import small_disk
+from support import an_event
 
 from mlops_lib.events import sqlite
 from mlops_lib.events.bus import connect

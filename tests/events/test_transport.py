@@ -8,9 +8,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
-from conftest import an_event
 from hypothesis import given
 from hypothesis import strategies as st
+from support import an_event
 
 from mlops_lib.events.bus import connect
 from mlops_lib.events.outbox import Ledger
